@@ -1,0 +1,1 @@
+//! Starts the built programs and watches them from outside; see `tests/`.
