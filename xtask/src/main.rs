@@ -4,7 +4,9 @@
     reason = "this program talks to the person who typed the command"
 )]
 
+mod checks;
 mod onnxruntime;
+mod synth;
 mod workspace;
 
 use std::error::Error;
@@ -28,6 +30,10 @@ enum Chore {
         #[arg(long)]
         arch: Option<String>,
     },
+    /// Writes checkpoints with random weights in the original containers.
+    Synth(synth::Request),
+    /// Runs every check: format, lints, documentation, dependencies, tests.
+    Test,
 }
 
 fn main() -> ExitCode {
@@ -36,6 +42,8 @@ fn main() -> ExitCode {
             .map(|_| ())
             .map_err(Into::into),
         Chore::Onnxruntime { arch: None } => onnxruntime::ensure().map(|_| ()).map_err(Into::into),
+        Chore::Test => checks::run(),
+        Chore::Synth(request) => synth::write(&request).map_err(Into::into),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,79 @@
+//! `cargo xtask test`: everything a change has to pass, in the order in which it is quickest to fail.
+
+use std::error::Error;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use crate::onnxruntime;
+use crate::workspace;
+
+/// Runs every check; stops at the first that fails.
+pub(crate) fn run() -> Result<(), Box<dyn Error>> {
+    let began = Instant::now();
+    step("format", cargo(&["fmt", "--all", "--check"]))?;
+    step(
+        "lints",
+        cargo(&[
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--locked",
+            "--",
+            "-D",
+            "warnings",
+        ]),
+    )?;
+    let mut docs = cargo(&[
+        "doc",
+        "--workspace",
+        "--no-deps",
+        "--document-private-items",
+        "--locked",
+    ]);
+    docs.env("RUSTDOCFLAGS", "-D warnings");
+    step("documentation", docs)?;
+    dependencies()?;
+    let library = onnxruntime::ensure()?;
+    // The system tests start the built programs, so those come first.
+    step("programs", cargo(&["build", "--workspace", "--locked"]))?;
+    let mut tests = cargo(&["test", "--workspace", "--locked"]);
+    tests.env(onnxruntime::OVERRIDE, &library);
+    step("tests", tests)?;
+    println!("all passed in {:.0} s", began.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// Licences, advisories and sources of the dependencies, where `cargo-deny` is installed.
+fn dependencies() -> Result<(), workspace::CommandError> {
+    let present = cargo(&["deny", "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if !present {
+        println!(
+            "dependencies: not checked, cargo-deny is not installed (`cargo install cargo-deny`)"
+        );
+        return Ok(());
+    }
+    step("dependencies", cargo(&["deny", "--locked", "check"]))
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = workspace::cargo();
+    command.args(arguments);
+    command
+}
+
+/// Runs one step and says how long it took.
+fn step(name: &str, mut command: Command) -> Result<(), workspace::CommandError> {
+    println!("{name}: {}", workspace::spelled(&command));
+    let began = Instant::now();
+    let outcome = workspace::run(&mut command);
+    let verdict = if outcome.is_ok() { "passed" } else { "failed" };
+    println!(
+        "{name}: {verdict} after {:.1} s",
+        began.elapsed().as_secs_f64()
+    );
+    outcome
+}
