@@ -1,1 +1,17 @@
-//! Placeholder.
+//! Real-time fMRI: bytes and arrays in, arrays out.
+//!
+//! A scanner's DICOM file becomes a [`Volume`] ([`dicom::decode`]), a [`Mask`] picks
+//! its voxels by world position, and the single-trial model ([`glm`]) turns a run of
+//! masked volumes into one beta per voxel, z-scored over trials ([`zscore`]).
+//! There is no file, no clock and no thread in this crate.
+
+pub mod dicom;
+pub mod events;
+pub mod glm;
+pub mod mask;
+pub mod mosaic;
+pub mod nifti;
+pub mod volume;
+pub mod zscore;
+
+pub use volume::{SeriesUid, Volume, VolumeHeader};

@@ -1,0 +1,1 @@
+//! The single-trial general linear model.
