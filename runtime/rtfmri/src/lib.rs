@@ -14,4 +14,6 @@ pub mod nifti;
 pub mod volume;
 pub mod zscore;
 
+pub use mask::{Mask, MaskError};
+pub use nifti::NiftiError;
 pub use volume::{SeriesUid, Volume, VolumeHeader};

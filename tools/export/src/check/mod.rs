@@ -1,0 +1,179 @@
+//! `check`: recorded reference vectors through a bundle, stage by stage.
+//!
+//! The vectors were recorded with the original code in float32 on a CPU; the folder's README gives
+//! sources and tolerances. Which file belongs to a bundle is told by the checkpoint it was
+//! exported from; files of other variants are listed as not in this bundle.
+
+mod golden;
+mod networks;
+mod report;
+mod samplers;
+
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+
+use bundle::{Bundle, BundleError, Precision, Stage as StageSpec, StageName};
+use decoder::{Runtime, Stage};
+pub use golden::{GoldenError, Vectors};
+pub use report::{Report, Row, Tolerance, Verdict};
+
+/// Threads of the parity run.
+const THREADS: usize = 2;
+
+/// What to check.
+#[derive(Clone, Debug)]
+pub struct CheckOptions {
+    /// The bundle.
+    pub bundle: PathBuf,
+    /// Folder of reference vectors.
+    pub golden: PathBuf,
+    /// Where the report goes as JSON.
+    pub json: Option<PathBuf>,
+    /// The ONNX Runtime library.
+    pub onnxruntime: Option<PathBuf>,
+}
+
+/// Why a check could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    /// The bundle is refused.
+    #[error("the bundle cannot be used")]
+    Bundle(#[from] BundleError),
+    /// ONNX Runtime cannot be loaded.
+    #[error("ONNX Runtime cannot be used")]
+    Runtime(#[from] decoder::RuntimeError),
+    /// A stage cannot be opened or run.
+    #[error("{stage}")]
+    Stage {
+        /// The stage.
+        stage: String,
+        /// What is wrong.
+        source: decoder::StageError,
+    },
+    /// A sampler cannot run.
+    #[error("the {sampler} sampler failed")]
+    Sampler {
+        /// The sampler.
+        sampler: &'static str,
+        /// What is wrong.
+        source: decoder::SamplerError,
+    },
+    /// The reference vectors cannot be used.
+    #[error("the reference vectors cannot be used")]
+    Golden(#[from] GoldenError),
+    /// No folder of reference vectors.
+    #[error("{path} is not a folder")]
+    NoFolder {
+        /// What was given.
+        path: PathBuf,
+    },
+    /// The report cannot be written.
+    #[error("cannot write the report to {path}")]
+    Report {
+        /// Where it should go.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The report cannot be put into JSON.
+    #[error("cannot write the report as JSON")]
+    Json(#[from] serde_json::Error),
+}
+
+/// Runs the check, prints the table to `out`; true where everything compared is near enough.
+///
+/// # Errors
+/// [`CheckError`] where it could not be made.
+pub fn run(options: &CheckOptions, out: &mut dyn Write) -> Result<bool, CheckError> {
+    if !options.golden.is_dir() {
+        return Err(CheckError::NoFolder { path: options.golden.clone() });
+    }
+    let bundle = bundle::open(&options.bundle)?.verify_hashes()?;
+    let library = decoder::runtime::find_library(options.onnxruntime.as_deref())?;
+    let parity = Parity { runtime: Runtime::load(&library, THREADS)?, golden: options.golden.clone(), bundle };
+    let report = parity.report()?;
+    let printed = |source| CheckError::Report { path: "standard output".into(), source };
+    report.print(out).map_err(printed)?;
+    if let Some(path) = &options.json {
+        let mut bytes = serde_json::to_vec_pretty(&report)?;
+        bytes.push(b'\n');
+        fs::write(path, bytes).map_err(|source| CheckError::Report { path: path.clone(), source })?;
+    }
+    Ok(report.passed())
+}
+
+/// Which checkpoint of the reference set a bundle's MindEye2 stages were exported from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Variant {
+    Main,
+    Half,
+    Legacy,
+    TwoTokens,
+    Control,
+}
+
+/// A bundle beside its reference vectors.
+struct Parity {
+    runtime: Runtime,
+    bundle: Bundle,
+    golden: PathBuf,
+}
+
+type Rows = Result<Vec<Row>, CheckError>;
+
+impl Parity {
+    fn report(&self) -> Result<Report, CheckError> {
+        let mut rows = Vec::new();
+        rows.extend(self.mindeye_rows()?);
+        rows.extend(self.blurry_rows()?);
+        rows.extend(self.unclip_rows()?);
+        rows.extend(self.later_rows()?);
+        let arithmetic = match self.precision() {
+            Precision::Fp32 => "ONNX Runtime on the CPU, fp32",
+            Precision::Fp16 => "ONNX Runtime on the CPU: fp16 weights, fp32 arithmetic",
+        };
+        Ok(Report { precision: self.precision(), arithmetic: arithmetic.into(), rows })
+    }
+
+    fn precision(&self) -> Precision {
+        self.bundle.manifest().precision
+    }
+
+    /// The variant, by the name of the checkpoint: the weights decide which vectors fit.
+    fn variant(&self) -> Option<Variant> {
+        let source = self.bundle.manifest().sources.iter().find(|source| source.role == "mindeye")?;
+        match source.file.as_str() {
+            "last.pth" => Some(Variant::Main),
+            "last_fp16.pth" => Some(Variant::Half),
+            "last_legacy.pth" => Some(Variant::Legacy),
+            "extra_seq2.pth" => Some(Variant::TwoTokens),
+            "control_ok.pth" | "valid_strided_view.pth" | "valid_deflated_zip.pth" => Some(Variant::Control),
+            _ => None,
+        }
+    }
+
+    fn vectors(&self, name: &str) -> Result<Option<Vectors>, CheckError> {
+        Ok(Vectors::read(&self.golden, name)?)
+    }
+
+    fn stage(&self, name: StageName) -> Result<Option<Stage>, CheckError> {
+        let Some(spec) = self.bundle.manifest().stages.get(&name) else {
+            return Ok(None);
+        };
+        self.open(name.as_str(), spec).map(Some)
+    }
+
+    fn open(&self, name: &str, spec: &StageSpec) -> Result<Stage, CheckError> {
+        Stage::open(&self.runtime, &self.bundle, spec).map_err(|source| CheckError::Stage { stage: name.into(), source })
+    }
+
+    fn later_rows(&self) -> Rows {
+        let later = [
+            "clip_convert", "git", "clip_vision", "retrieval", "text", "sdxl_cond", "unet_sdxl", "vae_sdxl", "refiner", "pipeline",
+            "blend", "resize", "lora_kohya_sgm", "lora_kohya_diffusers", "lora_peft", "schedulers",
+        ];
+        let present = |name: &&&str| self.golden.join(format!("io_{name}.safetensors")).is_file();
+        Ok(later.iter().filter(present).map(|name| Row::absent(name, "its stage is not exported yet")).collect())
+    }
+}

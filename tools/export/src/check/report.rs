@@ -1,0 +1,251 @@
+//! The parity table: what was compared, how far apart, and whether that is near enough.
+
+use std::io::Write;
+
+use ndarray::ArrayViewD;
+use serde::Serialize;
+
+/// Smallest cosine that an fp16 bundle may have with the reference.
+pub const HALF_COSINE: f64 = 0.9995;
+/// Smallest peak signal-to-noise ratio of an fp16 bundle's pictures, in dB.
+pub const HALF_PSNR_DB: f64 = 35.0;
+
+/// How near a result must be to its reference.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Tolerance {
+    /// Every value equal.
+    Exact,
+    /// Largest difference in fp32; cosine in fp16.
+    Close(f64),
+    /// Like `Close`, for pictures in 0..1: in fp16 the signal-to-noise ratio decides.
+    Picture(f64),
+}
+
+/// What became of a comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// Within tolerance.
+    Ok,
+    /// Out of tolerance.
+    Fail,
+    /// Nothing to compare: the note says why.
+    NotInThisBundle,
+}
+
+/// One line of the table.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Row {
+    /// File of reference vectors, without `io_` and extension.
+    pub vectors: String,
+    /// What is compared.
+    pub quantity: String,
+    /// Largest absolute difference.
+    pub max_error: Option<f64>,
+    /// Largest difference allowed in this bundle's precision.
+    pub tolerance: Option<f64>,
+    /// Cosine with the reference.
+    pub cosine: Option<f64>,
+    /// Peak signal-to-noise ratio in dB, for pictures.
+    pub psnr_db: Option<f64>,
+    /// Wall time of the network calls.
+    pub milliseconds: Option<f64>,
+    /// The verdict.
+    pub verdict: Verdict,
+    /// Why there is nothing to compare, or what was compared with what.
+    pub note: String,
+}
+
+impl Row {
+    /// A row that has nothing to compare.
+    #[must_use]
+    pub fn absent(vectors: &str, note: impl Into<String>) -> Row {
+        Row {
+            vectors: vectors.into(),
+            quantity: "-".into(),
+            max_error: None,
+            tolerance: None,
+            cosine: None,
+            psnr_db: None,
+            milliseconds: None,
+            verdict: Verdict::NotInThisBundle,
+            note: note.into(),
+        }
+    }
+
+    /// Compares a result with its reference.
+    #[must_use]
+    pub fn compare(
+        vectors: &str,
+        quantity: &str,
+        found: ArrayViewD<'_, f32>,
+        expected: ArrayViewD<'_, f32>,
+        tolerance: Tolerance,
+        precision: bundle::Precision,
+    ) -> Row {
+        let mut row = Row { quantity: quantity.into(), note: String::new(), ..Row::absent(vectors, "") };
+        if found.shape() != expected.shape() {
+            row.verdict = Verdict::Fail;
+            row.note = format!("expected shape {:?}, found {:?}", expected.shape(), found.shape());
+            return row;
+        }
+        let distance = Distance::between(found, expected);
+        row.max_error = Some(distance.max_error);
+        row.cosine = Some(distance.cosine);
+        let half = precision == bundle::Precision::Fp16;
+        let good = match tolerance {
+            Tolerance::Exact => {
+                row.tolerance = Some(0.0);
+                distance.max_error == 0.0
+            }
+            Tolerance::Close(_) if half => distance.cosine >= HALF_COSINE,
+            Tolerance::Picture(_) if half => {
+                row.psnr_db = Some(distance.psnr_db);
+                distance.psnr_db >= HALF_PSNR_DB
+            }
+            Tolerance::Close(limit) | Tolerance::Picture(limit) => {
+                row.tolerance = Some(limit);
+                distance.max_error <= limit
+            }
+        };
+        if matches!(tolerance, Tolerance::Picture(_)) {
+            row.psnr_db = Some(distance.psnr_db);
+        }
+        row.verdict = if good { Verdict::Ok } else { Verdict::Fail };
+        row
+    }
+
+    /// The row with the time its network calls took.
+    #[must_use]
+    pub fn took(mut self, time: std::time::Duration) -> Row {
+        self.milliseconds = Some(time.as_secs_f64() * 1e3);
+        self
+    }
+
+    /// The row with a remark.
+    #[must_use]
+    pub fn remark(mut self, note: &str) -> Row {
+        self.note = note.into();
+        self
+    }
+}
+
+struct Distance {
+    max_error: f64,
+    cosine: f64,
+    psnr_db: f64,
+}
+
+impl Distance {
+    #[expect(clippy::cast_precision_loss, reason = "counts of values are far below 2^53")]
+    fn between(found: ArrayViewD<'_, f32>, expected: ArrayViewD<'_, f32>) -> Distance {
+        let (mut largest, mut squares, mut dot, mut norm_found, mut norm_expected) = (0.0_f64, 0.0, 0.0, 0.0, 0.0);
+        for (&found, &expected) in found.iter().zip(expected.iter()) {
+            let (found, expected) = (f64::from(found), f64::from(expected));
+            let error = (found - expected).abs();
+            // NaN is as far away as can be.
+            largest = if error.is_nan() { f64::INFINITY } else { largest.max(error) };
+            squares += error * error;
+            dot += found * expected;
+            norm_found += found * found;
+            norm_expected += expected * expected;
+        }
+        let norms = (norm_found * norm_expected).sqrt();
+        let cosine = if norms > 0.0 { dot / norms } else { f64::from(u8::from(norm_found == norm_expected)) };
+        let mean_square = squares / expected.len().max(1) as f64;
+        Distance { max_error: largest, cosine, psnr_db: -10.0 * mean_square.log10() }
+    }
+}
+
+/// A parity report.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// The bundle's precision.
+    pub precision: bundle::Precision,
+    /// What computed: provider and arithmetic.
+    pub arithmetic: String,
+    /// The comparisons.
+    pub rows: Vec<Row>,
+}
+
+impl Report {
+    /// Whether something was compared and nothing was out of tolerance.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        let any = |verdict| self.rows.iter().any(|row| row.verdict == verdict);
+        any(Verdict::Ok) && !any(Verdict::Fail)
+    }
+
+    /// Writes the table as text.
+    ///
+    /// # Errors
+    /// The writer's.
+    pub fn print(&self, out: &mut dyn Write) -> std::io::Result<()> {
+        writeln!(out, "{} bundle, {}", self.precision, self.arithmetic)?;
+        writeln!(
+            out,
+            "{:<16} {:<20} {:>10} {:>10} {:>11} {:>8} {:>9}  verdict",
+            "vectors", "quantity", "max error", "tolerance", "cosine", "PSNR dB", "ms"
+        )?;
+        let number = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.1e}"));
+        for row in self.rows.iter().filter(|row| row.verdict != Verdict::NotInThisBundle) {
+            writeln!(
+                out,
+                "{:<16} {:<20} {:>10} {:>10} {:>11} {:>8} {:>9}  {}{}{}",
+                row.vectors,
+                row.quantity,
+                number(row.max_error),
+                number(row.tolerance),
+                row.cosine.map_or("-".into(), |cosine| format!("{cosine:.8}")),
+                row.psnr_db.map_or("-".into(), |psnr| format!("{psnr:.1}")),
+                row.milliseconds.map_or("-".into(), |time| format!("{time:.1}")),
+                if row.verdict == Verdict::Ok { "ok" } else { "OUT OF TOLERANCE" },
+                if row.note.is_empty() { "" } else { ": " },
+                row.note
+            )?;
+        }
+        for row in self.rows.iter().filter(|row| row.verdict == Verdict::NotInThisBundle) {
+            writeln!(out, "{:<16} not in this bundle: {}", row.vectors, row.note)?;
+        }
+        let count = |verdict| self.rows.iter().filter(|row| row.verdict == verdict).count();
+        writeln!(
+            out,
+            "{} compared, {} out of tolerance, {} not in this bundle",
+            count(Verdict::Ok) + count(Verdict::Fail),
+            count(Verdict::Fail),
+            count(Verdict::NotInThisBundle)
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bundle::Precision;
+    use ndarray::array;
+
+    #[test]
+    fn nan_is_out_of_every_tolerance() {
+        let (found, expected) = (array![1.0, f32::NAN].into_dyn(), array![1.0_f32, 2.0].into_dyn());
+        for precision in [Precision::Fp32, Precision::Fp16] {
+            for tolerance in [Tolerance::Exact, Tolerance::Close(1e9), Tolerance::Picture(1e9)] {
+                let row = Row::compare("v", "q", found.view(), expected.view(), tolerance, precision);
+                assert_eq!(row.verdict, Verdict::Fail, "{precision} {tolerance:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn report_of_nothing_compared_does_not_pass() {
+        let rows = vec![Row::absent("legacy", "other checkpoint")];
+        assert!(!Report { precision: Precision::Fp32, arithmetic: String::new(), rows }.passed());
+    }
+
+    #[test]
+    fn other_shape_fails_and_is_named() {
+        let (found, expected) = (array![1.0_f32].into_dyn(), array![[1.0_f32]].into_dyn());
+        let row = Row::compare("v", "q", found.view(), expected.view(), Tolerance::Close(1.0), Precision::Fp32);
+        assert_eq!(row.verdict, Verdict::Fail);
+        assert!(row.note.contains("[1, 1]") && row.note.contains("[1]"));
+    }
+}

@@ -1,0 +1,612 @@
+//! A network being built: nodes in order, weights by reference, shapes checked as it grows.
+//!
+//! Every value carries its element type and axes, so that a mistake in a network's description is
+//! found while the graph is built and not by the runtime that loads it. The activation type
+//! ([`Graph::act`]) is fp32 or fp16; casts are explicit nodes and nothing depends on builder flags.
+
+use std::collections::HashMap;
+
+use bundle::{DType, Dim as SpecDim, Precision, TensorSpec};
+
+use crate::checkpoint::TensorRef;
+use crate::onnx::{
+    AttributeProto, DimensionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto,
+    TensorProto, TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto, element,
+};
+
+/// Operator set of all graphs: LayerNormalization needs 17, `TensorRT` 10.3 reads up to 20.
+const OPSET: i64 = 17;
+const IR_VERSION: i64 = 8;
+
+/// Element type of a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Elem {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// 64-bit signed integer.
+    I64,
+    /// Truth value.
+    Bool,
+}
+
+impl Elem {
+    fn onnx(self) -> i32 {
+        match self {
+            Elem::F32 => element::FLOAT,
+            Elem::F16 => element::FLOAT16,
+            Elem::I64 => element::INT64,
+            Elem::Bool => element::BOOL,
+        }
+    }
+
+    /// Bytes of one element.
+    #[must_use]
+    pub fn len_bytes(self) -> u64 {
+        match self {
+            Elem::F32 => 4,
+            Elem::F16 => 2,
+            Elem::I64 => 8,
+            Elem::Bool => 1,
+        }
+    }
+}
+
+/// One axis of a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Axis {
+    /// The batch times a constant.
+    Batch(u64),
+    /// A fixed length.
+    Len(u64),
+}
+
+/// The batch axis.
+pub const BATCH: Axis = Axis::Batch(1);
+
+impl Axis {
+    fn times(self, factor: u64) -> Axis {
+        match self {
+            Axis::Batch(times) => Axis::Batch(times * factor),
+            Axis::Len(len) => Axis::Len(len * factor),
+        }
+    }
+}
+
+/// A value of the graph.
+#[derive(Clone, Debug)]
+pub struct Value {
+    name: String,
+    elem: Elem,
+    shape: Vec<Axis>,
+}
+
+impl Value {
+    /// Axes, outermost first.
+    #[must_use]
+    pub fn shape(&self) -> &[Axis] {
+        &self.shape
+    }
+
+    /// Element type.
+    #[must_use]
+    pub fn elem(&self) -> Elem {
+        self.elem
+    }
+
+    /// Length of a fixed axis, counted from the front.
+    ///
+    /// # Panics
+    /// Where the axis is missing or the batch: the network's description is wrong.
+    #[must_use]
+    pub fn len(&self, axis: usize) -> u64 {
+        match self.shape.get(axis) {
+            Some(Axis::Len(len)) => *len,
+            other => panic!("axis {axis} of {} is {other:?}, not a fixed length", self.name),
+        }
+    }
+
+    /// Length of the last axis.
+    #[must_use]
+    pub fn last(&self) -> u64 {
+        self.len(self.shape.len() - 1)
+    }
+}
+
+/// How a checkpoint tensor lies in the bundle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// As in the checkpoint.
+    AsStored,
+    /// A matrix with its axes exchanged.
+    Transposed,
+}
+
+/// Where the numbers of a weight come from.
+#[derive(Clone, Debug)]
+pub enum Numbers<'c> {
+    /// A checkpoint tensor.
+    Tensor(TensorRef<'c>, Layout),
+    /// Computed at export, row-major.
+    Table(Vec<f32>),
+    /// Nothing: the tensor is missing from the checkpoint, which was reported.
+    Missing,
+}
+
+/// A weight of the graph, to be written to external data.
+#[derive(Clone, Debug)]
+pub struct Weight<'c> {
+    /// Name of the initializer.
+    pub name: String,
+    /// Element type in the bundle.
+    pub elem: Elem,
+    /// Axes in the bundle.
+    pub shape: Vec<u64>,
+    /// Where the numbers come from.
+    pub numbers: Numbers<'c>,
+}
+
+/// A network being built.
+#[derive(Debug)]
+pub struct Graph<'c> {
+    name: String,
+    act: Elem,
+    nodes: Vec<NodeProto>,
+    inline: Vec<TensorProto>,
+    weights: Vec<Weight<'c>>,
+    by_name: HashMap<String, Value>,
+    inputs: Vec<Value>,
+    outputs: Vec<Value>,
+}
+
+impl<'c> Graph<'c> {
+    /// An empty graph whose activations have the given precision.
+    #[must_use]
+    pub fn new(name: &str, precision: Precision) -> Graph<'c> {
+        let act = match precision {
+            Precision::Fp32 => Elem::F32,
+            Precision::Fp16 => Elem::F16,
+        };
+        Graph {
+            name: name.into(),
+            act,
+            nodes: Vec::new(),
+            inline: Vec::new(),
+            weights: Vec::new(),
+            by_name: HashMap::new(),
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+        }
+    }
+
+    /// Element type of activations and of the weights that meet them.
+    #[must_use]
+    pub fn act(&self) -> Elem {
+        self.act
+    }
+
+    /// Declares an fp32 graph input.
+    pub fn input(&mut self, name: &str, shape: &[Axis]) -> Value {
+        let value = Value { name: name.into(), elem: Elem::F32, shape: shape.into() };
+        self.inputs.push(value.clone());
+        value
+    }
+
+    /// Declares a graph output; it is cast to fp32.
+    pub fn output(&mut self, name: &str, value: &Value) {
+        let wide = self.cast(value, Elem::F32);
+        let node = NodeProto {
+            input: vec![wide.name.clone()],
+            output: vec![name.into()],
+            name: format!("output_{name}"),
+            op_type: "Identity".into(),
+            attribute: Vec::new(),
+        };
+        self.nodes.push(node);
+        self.outputs.push(Value { name: name.into(), elem: Elem::F32, shape: wide.shape });
+    }
+
+    /// Adds a weight; asking twice for the same name gives the same value.
+    pub fn weight(&mut self, name: &str, elem: Elem, shape: &[u64], numbers: Numbers<'c>) -> Value {
+        let name = format!("{name}:{}", elem.onnx());
+        if let Some(value) = self.by_name.get(&name) {
+            return value.clone();
+        }
+        let value = Value { name: name.clone(), elem, shape: shape.iter().map(|&len| Axis::Len(len)).collect() };
+        self.by_name.insert(name.clone(), value.clone());
+        self.weights.push(Weight { name, elem, shape: shape.into(), numbers });
+        value
+    }
+
+    /// Adds a table computed at export, row-major.
+    ///
+    /// # Panics
+    /// Where shape and number of values differ.
+    pub fn table(&mut self, name: &str, elem: Elem, shape: &[u64], values: Vec<f32>) -> Value {
+        assert_eq!(shape.iter().product::<u64>(), values.len() as u64, "table {name} has another size than its shape");
+        self.weight(name, elem, shape, Numbers::Table(values))
+    }
+
+    /// A number of the activation type or another float type.
+    pub fn scalar(&mut self, value: f32, elem: Elem) -> Value {
+        let bytes = match elem {
+            Elem::F16 => half::f16::from_f32(value).to_le_bytes().to_vec(),
+            _ => value.to_le_bytes().to_vec(),
+        };
+        self.constant(&format!("scalar_{value:e}_{}", elem.onnx()), elem, &[], bytes)
+    }
+
+    fn ints(&mut self, values: &[i64]) -> Value {
+        let text: Vec<String> = values.iter().map(i64::to_string).collect();
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.constant(&format!("ints_{}", text.join("_")), Elem::I64, &[values.len() as u64], bytes)
+    }
+
+    fn floats(&mut self, name: &str, values: &[f32]) -> Value {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.constant(name, Elem::F32, &[values.len() as u64], bytes)
+    }
+
+    fn constant(&mut self, name: &str, elem: Elem, shape: &[u64], bytes: Vec<u8>) -> Value {
+        if let Some(value) = self.by_name.get(name) {
+            return value.clone();
+        }
+        let value = Value { name: name.into(), elem, shape: shape.iter().map(|&len| Axis::Len(len)).collect() };
+        self.inline.push(TensorProto {
+            dims: shape.iter().map(|&len| signed(len)).collect(),
+            data_type: elem.onnx(),
+            name: name.into(),
+            raw_data: Some(bytes),
+            ..TensorProto::default()
+        });
+        self.by_name.insert(name.into(), value.clone());
+        value
+    }
+
+    fn node(&mut self, op: &str, inputs: &[&Value], attributes: Vec<AttributeProto>, elem: Elem, shape: Vec<Axis>) -> Value {
+        let name = format!("{op}_{}", self.nodes.len());
+        self.nodes.push(NodeProto {
+            input: inputs.iter().map(|value| value.name.clone()).collect(),
+            output: vec![name.clone()],
+            name: format!("node_{name}"),
+            op_type: op.into(),
+            attribute: attributes,
+        });
+        Value { name, elem, shape }
+    }
+
+    fn unary(&mut self, op: &str, x: &Value) -> Value {
+        self.node(op, &[x], Vec::new(), x.elem, x.shape.clone())
+    }
+
+    fn binary(&mut self, op: &str, a: &Value, b: &Value) -> Value {
+        assert_eq!(a.elem, b.elem, "{op} of {a:?} and {b:?}");
+        let shape = broadcast(&a.shape, &b.shape);
+        self.node(op, &[a, b], Vec::new(), a.elem, shape)
+    }
+
+    /// `x` in another element type.
+    pub fn cast(&mut self, x: &Value, elem: Elem) -> Value {
+        if x.elem == elem {
+            return x.clone();
+        }
+        self.node("Cast", &[x], vec![AttributeProto::int("to", i64::from(elem.onnx()))], elem, x.shape.clone())
+    }
+
+    /// Element-wise sum.
+    pub fn add(&mut self, a: &Value, b: &Value) -> Value {
+        self.binary("Add", a, b)
+    }
+
+    /// Element-wise product.
+    pub fn mul(&mut self, a: &Value, b: &Value) -> Value {
+        self.binary("Mul", a, b)
+    }
+
+    /// Element-wise quotient.
+    pub fn div(&mut self, a: &Value, b: &Value) -> Value {
+        self.binary("Div", a, b)
+    }
+
+    /// Element-wise maximum.
+    pub fn max(&mut self, a: &Value, b: &Value) -> Value {
+        self.binary("Max", a, b)
+    }
+
+    /// `x` times a constant.
+    pub fn scale(&mut self, x: &Value, factor: f32) -> Value {
+        let factor = self.scalar(factor, x.elem);
+        self.mul(x, &factor)
+    }
+
+    /// `a` where `a > b`, as truth values.
+    pub fn greater(&mut self, a: &Value, b: &Value) -> Value {
+        let mut value = self.binary("Greater", a, b);
+        value.elem = Elem::Bool;
+        value
+    }
+
+    /// `yes` where the condition holds, else `no`.
+    pub fn choose(&mut self, condition: &Value, yes: &Value, no: &Value) -> Value {
+        let shape = broadcast(&broadcast(&condition.shape, &yes.shape), &no.shape);
+        self.node("Where", &[condition, yes, no], Vec::new(), yes.elem, shape)
+    }
+
+    /// Sigmoid.
+    pub fn sigmoid(&mut self, x: &Value) -> Value {
+        self.unary("Sigmoid", x)
+    }
+
+    /// Gauss error function.
+    pub fn erf(&mut self, x: &Value) -> Value {
+        self.unary("Erf", x)
+    }
+
+    /// Sine.
+    pub fn sin(&mut self, x: &Value) -> Value {
+        self.unary("Sin", x)
+    }
+
+    /// Cosine.
+    pub fn cos(&mut self, x: &Value) -> Value {
+        self.unary("Cos", x)
+    }
+
+    /// Softmax over the last axis.
+    pub fn softmax(&mut self, x: &Value) -> Value {
+        self.node("Softmax", &[x], vec![AttributeProto::int("axis", -1)], x.elem, x.shape.clone())
+    }
+
+    /// A reduction over the last axis, which becomes 1.
+    pub fn reduce_last(&mut self, op: Reduction, x: &Value) -> Value {
+        let mut shape = x.shape.clone();
+        if let Some(last) = shape.last_mut() {
+            *last = Axis::Len(1);
+        }
+        let attributes = vec![AttributeProto::ints("axes", &[-1]), AttributeProto::int("keepdims", 1)];
+        self.node(op.onnx(), &[x], attributes, x.elem, shape)
+    }
+
+    /// Matrix product over the last two axes; leading axes broadcast.
+    ///
+    /// # Panics
+    /// Where the inner axes differ.
+    pub fn matmul(&mut self, a: &Value, b: &Value) -> Value {
+        assert_eq!(a.elem, b.elem, "MatMul of {a:?} and {b:?}");
+        let (rows, inner) = (a.shape[a.shape.len() - 2], a.last());
+        assert_eq!(inner, b.len(b.shape.len() - 2), "MatMul of {a:?} and {b:?}");
+        let mut shape = broadcast(&a.shape[..a.shape.len() - 2], &b.shape[..b.shape.len() - 2]);
+        shape.extend([rows, Axis::Len(b.last())]);
+        self.node("MatMul", &[a, b], Vec::new(), a.elem, shape)
+    }
+
+    /// `x` `[batch, in]` times the transpose of `weight` `[out, in]`, plus `bias` `[out]`.
+    ///
+    /// # Panics
+    /// Where the inner axes differ.
+    pub fn gemm(&mut self, x: &Value, weight: &Value, bias: Option<&Value>) -> Value {
+        assert_eq!(x.last(), weight.len(1), "Gemm of {x:?} and {weight:?}");
+        let shape = vec![x.shape[0], Axis::Len(weight.len(0))];
+        let mut inputs = vec![x, weight];
+        inputs.extend(bias);
+        self.node("Gemm", &inputs, vec![AttributeProto::int("transB", 1)], x.elem, shape)
+    }
+
+    /// Convolution of `x` `[batch, in, height, width]` with `weight` `[out, in, k, k]`, `bias` `[out]`;
+    /// padded by half the kernel on every side.
+    pub fn conv(&mut self, x: &Value, weight: &Value, bias: &Value, stride: u64) -> Value {
+        assert_eq!(x.len(1), weight.len(1), "Conv of {x:?} and {weight:?}");
+        let (kernel_h, kernel_w) = (weight.len(2), weight.len(3));
+        let (pad_h, pad_w) = (kernel_h / 2, kernel_w / 2);
+        let out = |len: u64, kernel: u64, pad: u64| Axis::Len((len + 2 * pad - kernel) / stride + 1);
+        let shape = vec![
+            x.shape[0],
+            Axis::Len(weight.len(0)),
+            out(x.len(2), kernel_h, pad_h),
+            out(x.len(3), kernel_w, pad_w),
+        ];
+        let pads = [pad_h, pad_w, pad_h, pad_w].map(signed);
+        let attributes = vec![
+            AttributeProto::ints("kernel_shape", &[kernel_h, kernel_w].map(signed)),
+            AttributeProto::ints("pads", &pads),
+            AttributeProto::ints("strides", &[signed(stride), signed(stride)]),
+        ];
+        self.node("Conv", &[x, weight, bias], attributes, x.elem, shape)
+    }
+
+    /// Twice the height and width of `x` `[batch, channel, height, width]`, nearest neighbour.
+    pub fn upsample(&mut self, x: &Value) -> Value {
+        let none = Value { name: String::new(), elem: Elem::F32, shape: Vec::new() };
+        let scales = self.floats("upsample_scales", &[1.0, 1.0, 2.0, 2.0]);
+        let shape = vec![x.shape[0], x.shape[1], x.shape[2].times(2), x.shape[3].times(2)];
+        let attributes = vec![
+            AttributeProto::text("coordinate_transformation_mode", "asymmetric"),
+            AttributeProto::text("mode", "nearest"),
+            AttributeProto::text("nearest_mode", "floor"),
+        ];
+        self.node("Resize", &[x, &none, &scales], attributes, x.elem, shape)
+    }
+
+    /// Normalises each row of `x` `[batch, group, value]` to mean 0 and variance 1.
+    pub fn instance_norm(&mut self, x: &Value, eps: f32) -> Value {
+        let groups = x.len(1);
+        let count = usize::try_from(groups).expect("group counts fit memory");
+        let ones = self.floats(&format!("ones_{groups}"), &vec![1.0; count]);
+        let zeros = self.floats(&format!("zeros_{groups}"), &vec![0.0; count]);
+        self.node("InstanceNormalization", &[x, &ones, &zeros], vec![AttributeProto::float("epsilon", eps)], x.elem, x.shape.clone())
+    }
+
+    /// Normalises the last axis, then times `gain`, plus `bias`, each `[last]`.
+    pub fn layer_norm(&mut self, x: &Value, gain: &Value, bias: Option<&Value>, eps: f32) -> Value {
+        let mut inputs = vec![x, gain];
+        inputs.extend(bias);
+        let attributes = vec![AttributeProto::int("axis", -1), AttributeProto::float("epsilon", eps)];
+        self.node("LayerNormalization", &inputs, attributes, x.elem, x.shape.clone())
+    }
+
+    /// Other axes for the same elements.
+    ///
+    /// # Panics
+    /// Where the number of elements differs.
+    pub fn reshape(&mut self, x: &Value, shape: &[Axis]) -> Value {
+        assert_eq!(elements(&x.shape), elements(shape), "Reshape of {x:?} to {shape:?}");
+        if x.shape == shape {
+            return x.clone();
+        }
+        let lens: Vec<i64> = shape
+            .iter()
+            .map(|axis| match axis {
+                Axis::Batch(_) => -1,
+                Axis::Len(len) => signed(*len),
+            })
+            .collect();
+        let lens = self.ints(&lens);
+        self.node("Reshape", &[x, &lens], Vec::new(), x.elem, shape.into())
+    }
+
+    /// Axes in another order.
+    pub fn transpose(&mut self, x: &Value, order: &[usize]) -> Value {
+        let shape = order.iter().map(|&axis| x.shape[axis]).collect();
+        let perm: Vec<i64> = order.iter().map(|&axis| signed(axis as u64)).collect();
+        self.node("Transpose", &[x], vec![AttributeProto::ints("perm", &perm)], x.elem, shape)
+    }
+
+    /// Values joined along one axis.
+    pub fn concat(&mut self, values: &[&Value], axis: usize) -> Value {
+        let mut shape = values[0].shape.clone();
+        shape[axis] = Axis::Len(values.iter().map(|value| value.len(axis)).sum());
+        self.node("Concat", values, vec![AttributeProto::int("axis", signed(axis as u64))], values[0].elem, shape)
+    }
+
+    /// Elements `start..end` of one axis.
+    pub fn slice(&mut self, x: &Value, axis: usize, start: u64, end: u64) -> Value {
+        let mut shape = x.shape.clone();
+        shape[axis] = Axis::Len(end - start);
+        let bounds = [[signed(start)], [signed(end)], [signed(axis as u64)]].map(|value| self.ints(&value));
+        self.node("Slice", &[x, &bounds[0], &bounds[1], &bounds[2]], Vec::new(), x.elem, shape)
+    }
+
+    /// `x` `[batch, row, column]` with one row of zeros in front.
+    pub fn pad_front_row(&mut self, x: &Value) -> Value {
+        let pads = self.ints(&[0, 1, 0, 0, 0, 0]);
+        let shape = vec![x.shape[0], Axis::Len(x.len(1) + 1), x.shape[2]];
+        self.node("Pad", &[x, &pads], Vec::new(), x.elem, shape)
+    }
+
+    /// Inputs and outputs as the manifest lists them.
+    #[must_use]
+    pub fn specs(&self) -> (Vec<TensorSpec>, Vec<TensorSpec>) {
+        let spec = |value: &Value| TensorSpec {
+            name: value.name.clone(),
+            dtype: DType::F32,
+            shape: value
+                .shape
+                .iter()
+                .map(|axis| match axis {
+                    Axis::Batch(_) => SpecDim::BATCH,
+                    Axis::Len(len) => SpecDim::Fixed(*len),
+                })
+                .collect(),
+        };
+        (self.inputs.iter().map(spec).collect(), self.outputs.iter().map(spec).collect())
+    }
+
+    /// Weights in the order they are written.
+    #[must_use]
+    pub fn weights(&self) -> &[Weight<'c>] {
+        &self.weights
+    }
+
+    /// The model's protobuf, once each weight's offset in the external file is known.
+    ///
+    /// `location` is relative to the bundle's root; `offsets` follow [`Self::weights`].
+    #[must_use]
+    pub fn model(&self, location: &str, offsets: &[u64]) -> ModelProto {
+        let entry = |key: &str, value: String| StringStringEntryProto { key: key.into(), value };
+        let external = self.weights.iter().zip(offsets).map(|(weight, offset)| TensorProto {
+            dims: weight.shape.iter().map(|&len| signed(len)).collect(),
+            data_type: weight.elem.onnx(),
+            name: weight.name.clone(),
+            raw_data: None,
+            external_data: vec![
+                entry("location", location.into()),
+                entry("offset", offset.to_string()),
+                entry("length", (weight.shape.iter().product::<u64>() * weight.elem.len_bytes()).to_string()),
+            ],
+            data_location: Some(1),
+        });
+        let initializer = self.inline.iter().cloned().chain(external).collect();
+        ModelProto {
+            ir_version: IR_VERSION,
+            producer_name: "afterimage-export".into(),
+            graph: Some(GraphProto {
+                node: self.nodes.clone(),
+                name: self.name.clone(),
+                initializer,
+                input: self.inputs.iter().map(value_info).collect(),
+                output: self.outputs.iter().map(value_info).collect(),
+            }),
+            opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET }],
+        }
+    }
+}
+
+/// What is left of the last axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduction {
+    /// Euclidean norm.
+    L2,
+    /// Largest value.
+    Max,
+}
+
+impl Reduction {
+    fn onnx(self) -> &'static str {
+        match self {
+            Reduction::L2 => "ReduceL2",
+            Reduction::Max => "ReduceMax",
+        }
+    }
+}
+
+fn value_info(value: &Value) -> ValueInfoProto {
+    let dim = value
+        .shape
+        .iter()
+        .map(|axis| match axis {
+            Axis::Batch(_) => DimensionProto { dim_value: None, dim_param: Some("batch".into()) },
+            Axis::Len(len) => DimensionProto { dim_value: Some(signed(*len)), dim_param: None },
+        })
+        .collect();
+    let tensor = TensorTypeProto { elem_type: value.elem.onnx(), shape: Some(TensorShapeProto { dim }) };
+    ValueInfoProto { name: value.name.clone(), r#type: Some(TypeProto { tensor_type: Some(tensor) }) }
+}
+
+/// Elements as (constant, whether times the batch).
+fn elements(shape: &[Axis]) -> (u64, u32) {
+    shape.iter().fold((1, 0), |(product, batches), axis| match axis {
+        Axis::Batch(times) => (product * times, batches + 1),
+        Axis::Len(len) => (product * len, batches),
+    })
+}
+
+fn broadcast(a: &[Axis], b: &[Axis]) -> Vec<Axis> {
+    let rank = a.len().max(b.len());
+    let at = |shape: &[Axis], position: usize| {
+        (position + shape.len()).checked_sub(rank).map_or(Axis::Len(1), |index| shape[index])
+    };
+    (0..rank)
+        .map(|position| match (at(a, position), at(b, position)) {
+            (Axis::Len(1), other) | (other, Axis::Len(1)) => other,
+            (one, two) => {
+                assert_eq!(one, two, "{a:?} and {b:?} do not broadcast");
+                one
+            }
+        })
+        .collect()
+}
+
+fn signed(value: u64) -> i64 {
+    i64::try_from(value).expect("lengths were checked against the checkpoint's size")
+}

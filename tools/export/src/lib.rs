@@ -1,0 +1,16 @@
+//! The exporter: trained checkpoints in, a signed bundle out.
+//!
+//! [`plan`] says what to export, [`checkpoint`] reads the original containers lazily and without
+//! executing anything, [`stages`] describe each network as an ONNX graph, [`export`] writes the
+//! bundle, [`check`] replays recorded reference vectors through it.
+
+pub mod check;
+pub mod checkpoint;
+pub mod export;
+pub mod graph;
+pub mod layers;
+pub mod onnx;
+pub mod plan;
+pub mod section;
+pub mod stages;
+pub mod weights;

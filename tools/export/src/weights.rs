@@ -1,0 +1,145 @@
+//! Weights on their way into a bundle: converted, checked, 4 KiB aligned.
+//!
+//! Tensors stream in chunks, so that one of seven gigabytes takes no more memory than a small one;
+//! only matrices that are turned are held whole.
+
+use bundle::WeightsWriter;
+use half::f16;
+
+use crate::checkpoint::{CheckpointError, TensorRef};
+use crate::export::ExportError;
+use crate::graph::{Elem, Layout, Numbers, Weight};
+use crate::section::Problem;
+
+/// Matrices of at most this many elements are turned in memory (512 MiB of fp32).
+const MAX_TURNED: u64 = 1 << 27;
+/// Values converted at a time.
+const CHUNK: usize = 1 << 18;
+
+/// Appends all weights; returns the offset of each. Bad numbers go to `problems`.
+///
+/// # Errors
+/// [`ExportError`] where the bundle cannot be written or a tensor cannot be read.
+pub fn write(weights: &[Weight<'_>], out: &mut WeightsWriter, problems: &mut Vec<Problem>) -> Result<Vec<u64>, ExportError> {
+    let mut offsets = Vec::with_capacity(weights.len());
+    for weight in weights {
+        offsets.push(out.align()?);
+        let mut sink = Sink { weight, out: &mut *out, bytes: Vec::new(), bad: None, failed: None };
+        match &weight.numbers {
+            Numbers::Table(values) => sink.put(0, values),
+            Numbers::Tensor(tensor, Layout::AsStored) => {
+                let read = tensor.for_each_f32_chunk(|offset, values| {
+                    sink.put(offset, values);
+                    Ok(())
+                });
+                read.map_err(|source| unreadable(weight, source))?;
+            }
+            Numbers::Tensor(tensor, Layout::Transposed) => sink.put_turned(tensor)?,
+            // Reported when it was asked for; an export with problems never comes here.
+            Numbers::Missing => {}
+        }
+        if let Some(failed) = sink.failed {
+            return Err(failed.into());
+        }
+        if let Some(message) = sink.bad {
+            let (file, key) = origin(weight);
+            problems.push(Problem { file, key, message });
+        }
+    }
+    Ok(offsets)
+}
+
+fn unreadable(weight: &Weight<'_>, source: CheckpointError) -> ExportError {
+    ExportError::Tensor { key: origin(weight).1, source }
+}
+
+fn origin(weight: &Weight<'_>) -> (String, String) {
+    match &weight.numbers {
+        Numbers::Tensor(tensor, _) => (tensor.file_name(), tensor.name().to_owned()),
+        _ => ("computed".into(), weight.name.clone()),
+    }
+}
+
+/// Converts chunks to the weight's element type and remembers the first bad number.
+struct Sink<'w, 'c> {
+    weight: &'w Weight<'c>,
+    out: &'w mut WeightsWriter,
+    bytes: Vec<u8>,
+    bad: Option<String>,
+    failed: Option<bundle::WriteError>,
+}
+
+impl Sink<'_, '_> {
+    fn put(&mut self, offset: u64, values: &[f32]) {
+        for (part, values) in (0_u64..).zip(values.chunks(CHUNK)) {
+            self.check(offset + part * CHUNK as u64, values);
+            self.bytes.clear();
+            match self.weight.elem {
+                Elem::F16 => self.bytes.extend(values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes())),
+                _ => self.bytes.extend(values.iter().flat_map(|value| value.to_le_bytes())),
+            }
+            if self.failed.is_none() {
+                self.failed = self.out.write(&self.bytes).err();
+            }
+        }
+    }
+
+    fn check(&mut self, offset: u64, values: &[f32]) {
+        if self.bad.is_some() {
+            return;
+        }
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            self.bad = Some(format!("expected finite values, found {} at flat index {}", values[at], offset + at as u64));
+        } else if self.weight.elem == Elem::F16
+            && let Some(at) = values.iter().position(|&value| value.abs() > f16::MAX.to_f32())
+        {
+            let limit = f16::MAX;
+            self.bad = Some(format!(
+                "expected at most {limit} in fp16, found {} at flat index {}; export this bundle in fp32",
+                values[at],
+                offset + at as u64
+            ));
+        }
+    }
+
+    fn put_turned(&mut self, tensor: &TensorRef<'_>) -> Result<(), ExportError> {
+        let (rows, columns) = (self.weight.shape[1], self.weight.shape[0]);
+        if rows * columns > MAX_TURNED {
+            self.bad = Some(format!("expected at most {MAX_TURNED} elements in a matrix that is turned, found {rows} x {columns}"));
+            return Ok(());
+        }
+        let stored = tensor.read_f32().map_err(|source| unreadable(self.weight, source))?;
+        // Named by the checkpoint's own index, before the matrix is turned.
+        self.check(0, &stored);
+        if self.bad.is_some() {
+            return Ok(());
+        }
+        let turned = ndarray::ArrayView2::from_shape((index(rows), index(columns)), &stored).map(|matrix| turn(matrix));
+        match turned {
+            Ok(values) => self.put(0, &values),
+            Err(error) => self.bad = Some(format!("expected {rows} x {columns} values, found {}: {error}", stored.len())),
+        }
+        Ok(())
+    }
+}
+
+/// Column after column of a matrix, in blocks that stay in the cache.
+fn turn(matrix: ndarray::ArrayView2<'_, f32>) -> Vec<f32> {
+    const BLOCK: usize = 32;
+    let (rows, columns) = matrix.dim();
+    let mut turned = vec![0.0; rows * columns];
+    for row_block in (0..rows).step_by(BLOCK) {
+        for column_block in (0..columns).step_by(BLOCK) {
+            for column in column_block..(column_block + BLOCK).min(columns) {
+                for row in row_block..(row_block + BLOCK).min(rows) {
+                    turned[column * rows + row] = matrix[[row, column]];
+                }
+            }
+        }
+    }
+    turned
+}
+
+fn index(len: u64) -> usize {
+    usize::try_from(len).expect("bounded by MAX_TURNED")
+}
