@@ -1,0 +1,1 @@
+//! Betas, z-scores and designs against nilearn.

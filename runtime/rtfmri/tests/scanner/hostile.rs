@@ -1,0 +1,90 @@
+//! Broken, hostile and misplaced files: an answer for each, and never a patient's name.
+//!
+//! Outcomes in the manifest and what a decoder of single files owes to them:
+//!
+//! - `reject`: an error.
+//! - `reject_or_use_configured_TR`: an error; the decoder knows no configured TR.
+//! - `no_crash`: an error, or the true volume of the file that it was made from.
+//! - `reject_or_ignore`: an error, except for a well-formed volume that only its run makes
+//!   wrong (another series, another geometry, another patient). Such a file decodes here
+//!   and the caller, who holds the run, refuses it: its `series_uid`, shape, affine or
+//!   acquisition number differ from the run's, which is asserted. A patient's identity is
+//!   no part of a [`Volume`], so a file that differs in nothing else looks like a volume
+//!   seen before: the caller refuses its acquisition number as taken.
+
+use std::panic::catch_unwind;
+
+use rtfmri::dicom::{self, DicomError};
+use rtfmri::{Mask, MaskError, Volume};
+
+use crate::{json, read, scanner, unpack};
+
+#[test]
+fn every_hostile_file_gets_its_expected_outcome() {
+    let Some(data) = scanner() else { return };
+    let manifest = json(data.join("dicom/hostile/manifest.json"));
+    let files = unpack(data.join("dicom/hostile/hostile.tar.zst"));
+    let source = manifest["source_of_mosaic"].as_str().unwrap();
+    let truth = read(data.join("dicom/siemens_e11_mosaic_run").join(source));
+    let truth = dicom::decode(&truth).unwrap();
+    let entries = manifest["files"].as_array().unwrap();
+    assert_eq!(entries.len(), files.len());
+    for entry in entries {
+        let name = entry["file"].as_str().unwrap();
+        let (_, bytes) = files.iter().find(|file| file.0 == name).unwrap();
+        let outcome = catch_unwind(|| dicom::decode(bytes));
+        let outcome = outcome.unwrap_or_else(|_| panic!("{name}: the decoder panicked"));
+        let said = match &outcome {
+            Ok(volume) => format!("{volume:?}"),
+            Err(error) => format!("{error} {error:?}"),
+        };
+        assert!(!said.contains("ZZ"), "{name} leaks: {said}");
+        match (entry["expect"].as_str().unwrap(), &outcome) {
+            (_, Err(_)) => {}
+            ("no_crash", Ok(volume)) => assert!(volume.voxels == truth.voxels, "{name}: {said}"),
+            ("reject_or_ignore", Ok(volume)) => {
+                assert!(is_foreign(volume, &truth), "{name}: {said}");
+            }
+            (expected, Ok(_)) => panic!("{name}: expected {expected}, decoded {said}"),
+        }
+    }
+}
+
+/// Whether a run that already holds `truth` can tell that `volume` is not its next one.
+fn is_foreign(volume: &Volume, truth: &Volume) -> bool {
+    volume.header.series_uid != truth.header.series_uid
+        || volume.voxels.dim() != truth.voxels.dim()
+        || volume.affine_lps != truth.affine_lps
+        || volume.header.acquisition == truth.header.acquisition
+}
+
+#[test]
+fn a_mask_refuses_a_volume_whose_geometry_changed() {
+    let Some(data) = scanner() else { return };
+    let files = unpack(data.join("dicom/hostile/hostile.tar.zst"));
+    let (_, bytes) = files
+        .iter()
+        .find(|file| file.0 == "geometry_change.dcm")
+        .unwrap();
+    let Ok(volume) = dicom::decode(bytes) else {
+        return;
+    };
+    let expected = data.join("dicom/expected/siemens_e11_mosaic_run");
+    let mask = Mask::from_nifti(&read(expected.join("001_000013_000003.nii.gz"))).unwrap();
+    assert!(matches!(mask.sample(&volume), Err(MaskError::Grid { .. })));
+}
+
+#[test]
+fn any_cut_of_a_real_mosaic_is_refused() {
+    let Some(data) = scanner() else { return };
+    let series = data.join("dicom/siemens_e11_mosaic_run");
+    let whole = read(series.join("001_000013_000001.dcm"));
+    for end in (0..whole.len()).step_by(997).chain([whole.len() - 1]) {
+        assert!(dicom::decode(&whole[..end]).is_err(), "cut at {end}");
+    }
+    assert_eq!(
+        dicom::decode(&whole[..131]),
+        Err(DicomError::NotDicom),
+        "shorter than a preamble"
+    );
+}

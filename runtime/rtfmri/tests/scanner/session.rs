@@ -1,0 +1,1 @@
+//! The whole path on a simulated run: files to betas.
