@@ -10,7 +10,9 @@ pub mod events;
 pub mod glm;
 pub mod mask;
 pub mod mosaic;
+pub mod motion;
 pub mod nifti;
+mod spline;
 pub mod volume;
 pub mod zscore;
 

@@ -7,6 +7,7 @@
 mod glm;
 mod hostile;
 mod mosaics;
+mod motion;
 mod session;
 
 use std::io::Read;
@@ -29,8 +30,14 @@ mod tolerance {
     pub(crate) const BETA: f64 = 1e-6;
     /// A z-score in double precision.
     pub(crate) const Z_SCORE: f64 = 1e-6;
-    /// A sample of the response or of a regressor, share of the largest.
+    /// RMS distance from the true motion over a 50 mm sphere, mean over volumes, mm.
+    pub(crate) const MOTION_MEAN_MM: f64 = 0.15;
+    /// The same, of the worst volume, mm.
+    pub(crate) const MOTION_WORST_MM: f64 = 0.5;
+    /// A sample of the response, share of the largest.
     pub(crate) const RESPONSE: f64 = 1e-9;
+    /// A value of a design, which the files give to 12 digits.
+    pub(crate) const DESIGN: f64 = 1e-9;
 }
 
 /// The data's folder, or `None` with one line on stderr per run of this binary.
@@ -56,6 +63,21 @@ fn json(path: impl AsRef<Path>) -> Value {
 /// A `.npy` matrix of doubles.
 fn matrix(path: impl AsRef<Path>) -> Array2<f64> {
     Array2::read_npy(read(path).as_slice()).unwrap()
+}
+
+/// A table of numbers below one line of names, separated by commas or tabs.
+fn table(path: impl AsRef<Path>) -> Array2<f64> {
+    let text = String::from_utf8(read(path)).unwrap();
+    let rows: Vec<Vec<f64>> = text
+        .lines()
+        .skip(1)
+        .map(|line| {
+            let cells = line.split([',', '\t']);
+            cells.map(|cell| cell.parse().unwrap()).collect()
+        })
+        .collect();
+    let columns = rows[0].len();
+    Array2::from_shape_vec((rows.len(), columns), rows.concat()).unwrap()
 }
 
 /// The files of a `.tar.zst`, by name without folders, in the archive's order.

@@ -1,0 +1,105 @@
+//! Known motions found again.
+
+use std::io::Read;
+use std::time::Instant;
+
+use nalgebra::{Matrix4, Vector3};
+use ndarray::Array3;
+use rtfmri::motion::{Realigner, Rigid};
+use rtfmri::{SeriesUid, Volume, VolumeHeader};
+use serde_json::Value;
+
+use crate::{json, read, scanner, tolerance};
+
+/// Radius of the sphere that a motion's error is averaged over.
+const SPHERE_MM: f64 = 50.0;
+
+/// RMS distance over the sphere between two motions (Jenkinson 1999).
+///
+/// - `truth`, `found`: RAS to RAS, millimetres.
+pub(crate) fn error_mm(truth: &Matrix4<f64>, found: &Matrix4<f64>, centre: Vector3<f64>) -> f64 {
+    let off = truth.try_inverse().unwrap() * found - Matrix4::identity();
+    let turn = off.fixed_view::<3, 3>(0, 0).into_owned();
+    let shift = off.fixed_view::<3, 1>(0, 3) + turn * centre;
+    let spread = SPHERE_MM * SPHERE_MM / 5.0 * (turn.transpose() * turn).trace();
+    (spread + shift.norm_squared()).sqrt()
+}
+
+pub(crate) fn to_matrix(rows: &Value) -> Matrix4<f64> {
+    Matrix4::from_fn(|row, column| rows[row][column].as_f64().unwrap())
+}
+
+pub(crate) fn to_vector(numbers: &Value) -> Vector3<f64> {
+    Vector3::from_fn(|axis, _| numbers[axis].as_f64().unwrap())
+}
+
+/// A motion as a matrix from RAS to RAS.
+pub(crate) fn ras(motion: &Rigid) -> Matrix4<f64> {
+    let matrix = motion.matrix_ras();
+    Matrix4::from_fn(|row, column| matrix[row][column])
+}
+
+/// The volumes of a 4-D NIfTI file of 16-bit unsigned integers.
+fn volumes(packed: &[u8], truth: &Value) -> Vec<Volume> {
+    let mut bytes = Vec::new();
+    flate2::read::GzDecoder::new(packed)
+        .read_to_end(&mut bytes)
+        .unwrap();
+    let sides: [usize; 4] = std::array::from_fn(|axis| {
+        usize::try_from(truth["dim"][axis].as_u64().unwrap()).unwrap()
+    });
+    let [columns, rows, slices, _] = sides;
+    let affine = to_matrix(&truth["affine_ijk_to_ras_mm"]);
+    let affine_lps = std::array::from_fn(|row| {
+        let sign = if row < 2 { -1.0 } else { 1.0 };
+        std::array::from_fn(|column| sign * affine[(row, column)])
+    });
+    let pixels = bytes[352..].chunks_exact(2);
+    let pixels: Vec<f32> = pixels
+        .map(|pair| f32::from(u16::from_le_bytes([pair[0], pair[1]])))
+        .collect();
+    let one = |(number, values): (u32, &[f32])| Volume {
+        voxels: Array3::from_shape_vec((slices, rows, columns), values.to_vec()).unwrap(),
+        affine_lps,
+        header: VolumeHeader {
+            series_uid: SeriesUid::new("2.25.1"),
+            acquisition: number,
+            instance: None,
+            tr_ms: 1500.0,
+            slice_times_ms: None,
+        },
+    };
+    (1..)
+        .zip(pixels.chunks_exact(columns * rows * slices))
+        .map(one)
+        .collect()
+}
+
+#[test]
+fn known_motions_are_found() {
+    let Some(data) = scanner() else { return };
+    for set in ["siemens_e11_large", "siemens_e11_small"] {
+        let truth = json(data.join(format!("motion/{set}_truth.json")));
+        let packed = read(data.join(format!("motion/{set}_bold.nii.gz")));
+        let centre = to_vector(&truth["rotation_centre_ras_mm"]);
+        let volumes = volumes(&packed, &truth);
+        let realigner = Realigner::new(&volumes[0]).unwrap();
+        let matrices = truth["matrices_ras"].as_array().unwrap();
+        assert_eq!(matrices.len(), volumes.len());
+        let start = Instant::now();
+        let mut errors = Vec::new();
+        let mut motion = Rigid::identity();
+        for (volume, truth) in volumes.iter().zip(matrices).skip(1) {
+            motion = realigner.realign(volume, &motion).unwrap();
+            errors.push(error_mm(&to_matrix(truth), &ras(&motion), centre));
+        }
+        let each = start.elapsed() / u32::try_from(errors.len()).unwrap();
+        errors.sort_by(f64::total_cmp);
+        #[expect(clippy::cast_precision_loss, reason = "a few dozen volumes")]
+        let mean = errors.iter().sum::<f64>() / errors.len() as f64;
+        let worst = errors[errors.len() - 1];
+        eprintln!("{set}: mean error {mean:.3} mm, largest {worst:.3} mm, {each:?} a volume");
+        assert!(mean <= tolerance::MOTION_MEAN_MM, "{set}");
+        assert!(worst <= tolerance::MOTION_WORST_MM, "{set}");
+    }
+}
