@@ -1,1 +1,29 @@
-//! Placeholder.
+//! From z-scored betas to a picture, on ONNX Runtime.
+//!
+//! ```text
+//! zbetas [repetition, voxel]
+//!   ridge, backbone, mean over repetitions
+//!     → brain tokens [token, dim], retrieval embedding, blurry latent → blurry picture
+//!   diffusion prior (DDIM)          → CLIP image tokens [token, dim]
+//!   unCLIP (Euler EDM | LCM)        → latent [channel, height, width]
+//!   VAE decoder                     → picture
+//! ```
+//!
+//! [`Decoder`] is the whole way; [`sampler`] holds one sampler per file, each a plain function
+//! over a network call, so that recorded noise and recorded networks can be put in its place.
+//! The method is MindEye2's (Scotti et al. 2024, arXiv:2403.11207).
+
+pub mod conditioning;
+mod decode;
+mod noise;
+mod picture;
+pub mod runtime;
+pub mod sampler;
+mod stage;
+
+pub use decode::{DecodeError, Decoder, Fidelity, Progress, Reconstruction, Timings};
+pub use noise::{Noise, NoiseKey, Stream, Tier};
+pub use picture::{Picture, PictureError, Range};
+pub use runtime::{Runtime, RuntimeError};
+pub use sampler::SamplerError;
+pub use stage::{Stage, StageError};

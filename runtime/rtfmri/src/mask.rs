@@ -7,7 +7,9 @@
 use nalgebra::{Matrix4, Vector4};
 use ndarray::{Array1, Array3};
 
+use crate::motion::Rigid;
 use crate::nifti::{self, NiftiError};
+use crate::spline::Spline;
 use crate::volume::{Affine, Volume, apply};
 
 /// How far, in voxels, a mask voxel's centre may lie from the volume's.
@@ -142,6 +144,37 @@ impl Mask {
     /// # Errors
     /// [`MaskError`], naming both values, where the two grids are not the same places.
     pub fn sample(&self, volume: &Volume) -> Result<Array1<f32>, MaskError> {
+        let grid = self.grid_in(volume)?;
+        let mut values = Array1::zeros(self.voxels.len());
+        for (value, voxel) in values.iter_mut().zip(&self.voxels) {
+            let [column, row, slice] = grid.find(*voxel, &self.affine_ras)?;
+            *value = volume.voxels[[slice, row, column]];
+        }
+        Ok(values)
+    }
+
+    /// Takes the mask's voxels out of a volume in which the head has moved.
+    ///
+    /// Each voxel is looked up where `motion` puts it, between voxels by a cubic spline.
+    /// One that has left the volume takes the value at the nearest edge.
+    ///
+    /// Returns `[voxel]`, scanner units.
+    ///
+    /// # Errors
+    /// As [`Mask::sample`].
+    pub fn sample_moved(&self, volume: &Volume, motion: &Rigid) -> Result<Array1<f32>, MaskError> {
+        let grid = self.grid_in(volume)?;
+        let spline = Spline::through(volume.voxels.view());
+        let place = |[x, y, z]: [f64; 3]| {
+            let [x, y, z] = motion.apply([-x, -y, z]);
+            let at = grid.inverse * Vector4::new(x, y, z, 1.0);
+            spline.value([at[0], at[1], at[2]])
+        };
+        Ok(self.positions_ras().into_iter().map(place).collect())
+    }
+
+    /// Finds the mask's grid in a volume, corner by corner.
+    fn grid_in<'a>(&self, volume: &'a Volume) -> Result<Grid<'a>, MaskError> {
         let grid = Grid::of(volume)?;
         // The map between two grids is affine: where the corners fit, all voxels fit.
         let mut spans = [[usize::MAX, 0]; 3];
@@ -162,12 +195,7 @@ impl Mask {
                 volume: grid.shape,
             });
         }
-        let mut values = Array1::zeros(self.voxels.len());
-        for (value, voxel) in values.iter_mut().zip(&self.voxels) {
-            let [column, row, slice] = grid.find(*voxel, &self.affine_ras)?;
-            *value = volume.voxels[[slice, row, column]];
-        }
-        Ok(values)
+        Ok(grid)
     }
 }
 

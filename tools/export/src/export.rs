@@ -13,8 +13,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use bundle::{
-    BlurrySettings, BundleWriter, EdgeSettings, EdmSchedule, FORMAT_VERSION, Manifest, PriorSettings, Source, Stage,
-    StageName, Subject, UnclipSettings, WriteError,
+    BlurrySettings, BundleWriter, EdgeSettings, EdmSchedule, FORMAT_VERSION, Manifest,
+    PriorSettings, Source, Stage, StageName, Subject, UnclipSettings, WriteError,
 };
 use prost::Message;
 use sha2::{Digest, Sha256};
@@ -68,11 +68,19 @@ pub enum ExportError {
 }
 
 fn counted(problems: usize) -> String {
-    if problems == 1 { "1 problem".into() } else { format!("{problems} problems") }
+    if problems == 1 {
+        "1 problem".into()
+    } else {
+        format!("{problems} problems")
+    }
 }
 
 fn listed(problems: &[Problem]) -> String {
-    problems.iter().map(|problem| format!("  {problem}")).collect::<Vec<_>>().join("\n")
+    problems
+        .iter()
+        .map(|problem| format!("  {problem}"))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// A graph and where it goes.
@@ -83,7 +91,12 @@ struct Planned<'c> {
 
 enum Place {
     Shared(StageName),
-    Subject { id: String, index: u64, voxels: u64, mask: Option<PathBuf> },
+    Subject {
+        id: String,
+        index: u64,
+        voxels: u64,
+        mask: Option<PathBuf>,
+    },
 }
 
 impl Place {
@@ -97,7 +110,10 @@ impl Place {
     fn paths(&self) -> (String, String) {
         match self {
             Place::Shared(name) => (format!("graphs/{name}.onnx"), format!("weights/{name}.bin")),
-            Place::Subject { id, .. } => (format!("subjects/{id}/ridge.onnx"), format!("subjects/{id}/ridge.bin")),
+            Place::Subject { id, .. } => (
+                format!("subjects/{id}/ridge.onnx"),
+                format!("subjects/{id}/ridge.bin"),
+            ),
         }
     }
 }
@@ -111,7 +127,11 @@ struct Opened {
 
 impl Opened {
     fn file(&self) -> String {
-        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        self.path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
     }
 
     /// The tensors under the checkpoint's usual key, or at its root.
@@ -129,12 +149,20 @@ impl Opened {
 }
 
 fn open(plan: &Plan) -> Result<Vec<Opened>, ExportError> {
-    let sources = [("mindeye", &plan.mindeye), ("unclip", &plan.unclip), ("autoenc", &plan.autoenc)];
+    let sources = [
+        ("mindeye", &plan.mindeye),
+        ("unclip", &plan.unclip),
+        ("autoenc", &plan.autoenc),
+    ];
     sources
         .into_iter()
         .filter_map(|(role, path)| path.clone().map(|path| (role, path)))
         .map(|(role, path)| match Checkpoint::open(&path) {
-            Ok(checkpoint) => Ok(Opened { role, path, checkpoint }),
+            Ok(checkpoint) => Ok(Opened {
+                role,
+                path,
+                checkpoint,
+            }),
             Err(source) => Err(ExportError::Open { path, source }),
         })
         .collect()
@@ -149,9 +177,16 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
     let description = describe(plan, &opened)?;
     let mut writer = BundleWriter::create(out)?;
     let (stages, sources) = std::thread::scope(|scope| {
-        let hashing = scope.spawn(|| opened.iter().map(hash_source).collect::<Result<Vec<_>, _>>());
+        let hashing = scope.spawn(|| {
+            opened
+                .iter()
+                .map(hash_source)
+                .collect::<Result<Vec<_>, _>>()
+        });
         let written = write_stages(&description.planned, &mut writer, say);
-        let sources = hashing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let sources = hashing
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         Ok::<_, ExportError>((written?, sources?))
     })?;
 
@@ -175,10 +210,23 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
             Place::Shared(name) => {
                 manifest.stages.insert(name, stage);
             }
-            Place::Subject { id, index, voxels, mask } => {
-                let mask = mask.map(|path| add_mask(&mut writer, &id, &path)).transpose()?;
+            Place::Subject {
+                id,
+                index,
+                voxels,
+                mask,
+            } => {
+                let mask = mask
+                    .map(|path| add_mask(&mut writer, &id, &path))
+                    .transpose()?;
                 let index = u32::try_from(index).unwrap_or(u32::MAX);
-                manifest.subjects.push(Subject { id, index, voxels, stage, mask });
+                manifest.subjects.push(Subject {
+                    id,
+                    index,
+                    voxels,
+                    stage,
+                    mask,
+                });
             }
         }
     }
@@ -187,11 +235,20 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
 }
 
 fn add_mask(writer: &mut BundleWriter, id: &str, path: &Path) -> Result<String, ExportError> {
-    let error = |source| ExportError::Read { path: path.to_owned(), source };
+    let error = |source| ExportError::Read {
+        path: path.to_owned(),
+        source,
+    };
     let mut bytes = Vec::new();
-    File::open(path).map_err(error)?.take(MAX_MASK_BYTES + 1).read_to_end(&mut bytes).map_err(error)?;
+    File::open(path)
+        .map_err(error)?
+        .take(MAX_MASK_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(error)?;
     if bytes.len() as u64 > MAX_MASK_BYTES {
-        return Err(error(std::io::Error::other(format!("expected at most {MAX_MASK_BYTES} bytes"))));
+        return Err(error(std::io::Error::other(format!(
+            "expected at most {MAX_MASK_BYTES} bytes"
+        ))));
     }
     let packed = bytes.starts_with(&[0x1f, 0x8b]);
     let relative = format!("subjects/{id}/mask.nii{}", if packed { ".gz" } else { "" });
@@ -200,7 +257,10 @@ fn add_mask(writer: &mut BundleWriter, id: &str, path: &Path) -> Result<String, 
 }
 
 fn hash_source(opened: &Opened) -> Result<Source, ExportError> {
-    let error = |source| ExportError::Read { path: opened.path.clone(), source };
+    let error = |source| ExportError::Read {
+        path: opened.path.clone(),
+        source,
+    };
     let mut file = File::open(&opened.path).map_err(error)?;
     let (mut hasher, mut len_bytes, mut block) = (Sha256::new(), 0_u64, vec![0_u8; 1 << 20]);
     loop {
@@ -211,26 +271,53 @@ fn hash_source(opened: &Opened) -> Result<Source, ExportError> {
         hasher.update(&block[..read]);
         len_bytes += read as u64;
     }
-    let sha256 = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(Source { role: opened.role.into(), file: opened.file(), len_bytes, sha256 })
+    let sha256 = hasher
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    Ok(Source {
+        role: opened.role.into(),
+        file: opened.file(),
+        len_bytes,
+        sha256,
+    })
 }
 
 /// Writes graphs and weights in plan order; all numbers are checked, and all bad ones named, before it fails.
-fn write_stages(planned: &[Planned<'_>], writer: &mut BundleWriter, say: &mut dyn FnMut(&str)) -> Result<Vec<Stage>, ExportError> {
+fn write_stages(
+    planned: &[Planned<'_>],
+    writer: &mut BundleWriter,
+    say: &mut dyn FnMut(&str),
+) -> Result<Vec<Stage>, ExportError> {
     let mut stages = Vec::new();
     let mut problems = Vec::new();
     for Planned { place, graph } in planned {
         let (graph_path, weights_path) = place.paths();
         let mut file = writer.weights(&weights_path)?;
         let offsets = weights::write(graph.weights(), &mut file, &mut problems)?;
-        say(&format!("{}: {} tensors, {}", place.label(), offsets.len(), megabytes(file.len_bytes())));
+        say(&format!(
+            "{}: {} tensors, {}",
+            place.label(),
+            offsets.len(),
+            megabytes(file.len_bytes())
+        ));
         writer.close(file)?;
         let model = graph.model(&weights_path, &offsets);
         writer.add(&graph_path, &model.encode_to_vec())?;
         let (inputs, outputs) = graph.specs();
-        stages.push(Stage { graph: graph_path, weights: Some(weights_path), inputs, outputs });
+        stages.push(Stage {
+            graph: graph_path,
+            weights: Some(weights_path),
+            inputs,
+            outputs,
+        });
     }
-    if problems.is_empty() { Ok(stages) } else { Err(ExportError::Problems { problems }) }
+    if problems.is_empty() {
+        Ok(stages)
+    } else {
+        Err(ExportError::Problems { problems })
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
@@ -255,7 +342,12 @@ fn describe<'c>(plan: &Plan, opened: &'c [Opened]) -> Result<Description<'c>, Ex
         tokens: plan.settings.context_tokens,
         dim: None,
         blurry_latent: plan.settings.blurry_latent_hw,
-        description: Description { planned: Vec::new(), blurry: None, prior: None, unclip: None },
+        description: Description {
+            planned: Vec::new(),
+            blurry: None,
+            prior: None,
+            unclip: None,
+        },
     };
     for source in opened {
         let root = match source.role {
@@ -287,7 +379,10 @@ struct Builder<'p, 'c> {
 
 impl<'c> Builder<'_, 'c> {
     fn add(&mut self, name: StageName, graph: Graph<'c>) {
-        self.description.planned.push(Planned { place: Place::Shared(name), graph });
+        self.description.planned.push(Planned {
+            place: Place::Shared(name),
+            graph,
+        });
     }
 
     fn mindeye(&mut self, s: Section<'c>) {
@@ -297,8 +392,14 @@ impl<'c> Builder<'_, 'c> {
         self.dim = Some(shape.dim);
         self.subjects(&s, shape.hidden);
         let graph = backbone::build(&s, shape, precision);
-        let blurry = graph.specs().1.into_iter().find(|output| output.name == "blurry_latent");
-        if let Some((Some(height), Some(width))) = blurry.map(|latent| (latent.fixed(2), latent.fixed(3))) {
+        let blurry = graph
+            .specs()
+            .1
+            .into_iter()
+            .find(|output| output.name == "blurry_latent");
+        if let Some((Some(height), Some(width))) =
+            blurry.map(|latent| (latent.fixed(2), latent.fixed(3)))
+        {
             self.blurry_latent = [height, width];
         }
         self.add(StageName::Backbone, graph);
@@ -311,21 +412,39 @@ impl<'c> Builder<'_, 'c> {
     fn subjects(&mut self, s: &Section<'c>, hidden: u64) {
         let indices = subject::indices(s);
         if indices.is_empty() {
-            s.problem("ridge.linears.0.weight", "expected at least one subject, the key is missing".into());
+            s.problem(
+                "ridge.linears.0.weight",
+                "expected at least one subject, the key is missing".into(),
+            );
         }
         let chosen: Vec<(u64, Option<String>, Option<PathBuf>)> = if self.plan.subjects.is_empty() {
             indices.iter().map(|&index| (index, None, None)).collect()
         } else {
-            self.plan.subjects.iter().map(|subject| (subject.index, subject.id.clone(), subject.mask.clone())).collect()
+            self.plan
+                .subjects
+                .iter()
+                .map(|subject| (subject.index, subject.id.clone(), subject.mask.clone()))
+                .collect()
         };
-        for &index in indices.iter().filter(|index| !chosen.iter().any(|(chosen, ..)| chosen == *index)) {
+        for &index in indices
+            .iter()
+            .filter(|index| !chosen.iter().any(|(chosen, ..)| chosen == *index))
+        {
             s.ignore(&format!("ridge.linears.{index}."));
         }
         for (index, id, mask) in chosen {
             let id = id.unwrap_or_else(|| format!("subj{:02}", index + 1));
             let graph = subject::build(s, index, hidden, self.plan.precision);
             let voxels = subject::voxels(s, index);
-            self.description.planned.push(Planned { place: Place::Subject { id, index, voxels, mask }, graph });
+            self.description.planned.push(Planned {
+                place: Place::Subject {
+                    id,
+                    index,
+                    voxels,
+                    mask,
+                },
+                graph,
+            });
         }
     }
 
@@ -333,7 +452,10 @@ impl<'c> Builder<'_, 'c> {
         let settings = &self.plan.settings;
         let (tokens, dim) = prior::token_shape(s);
         if (tokens, dim) != (shape.tokens, shape.dim) {
-            let message = format!("expected the backbone's {} tokens of {}, found {tokens} of {dim}", shape.tokens, shape.dim);
+            let message = format!(
+                "expected the backbone's {} tokens of {}, found {tokens} of {dim}",
+                shape.tokens, shape.dim
+            );
             s.problem("diffusion_prior.net.null_image_embed", message);
         }
         let graph = prior::build(s, self.plan.precision);
@@ -352,14 +474,25 @@ impl<'c> Builder<'_, 'c> {
 
     fn unclip(&mut self, s: Section<'c>) {
         let (settings, precision) = (&self.plan.settings, self.plan.precision);
-        let options =
-            unet::UnetOptions { head_channels: settings.num_head_channels, latent: settings.latent_hw, tokens: self.tokens };
+        let options = unet::UnetOptions {
+            head_channels: settings.num_head_channels,
+            latent: settings.latent_hw,
+            tokens: self.tokens,
+        };
         let graph = unet::build("unclip", &s, options, precision);
-        let width = graph.specs().0.iter().find(|input| input.name == "context").and_then(|context| context.fixed(2));
+        let width = graph
+            .specs()
+            .0
+            .iter()
+            .find(|input| input.name == "context")
+            .and_then(|context| context.fixed(2));
         if let (Some(width), Some(dim)) = (width, self.dim)
             && width != dim
         {
-            s.problem("model.diffusion_model", format!("expected a context of the backbone's {dim} channels, found {width}"));
+            s.problem(
+                "model.diffusion_model",
+                format!("expected a context of the backbone's {dim} channels, found {width}"),
+            );
         }
         let adm = unet::vector_len(&s);
         let expected = settings.vector_embed_dim * settings.vector_values.len() as u64;
@@ -380,7 +513,10 @@ impl<'c> Builder<'_, 'c> {
             guidance: settings.guidance,
             steps: settings.unclip_steps,
             offset_noise: settings.offset_noise,
-            vector: decoder::conditioning::vector(&settings.vector_values, settings.vector_embed_dim),
+            vector: decoder::conditioning::vector(
+                &settings.vector_values,
+                settings.vector_embed_dim,
+            ),
             schedule: EdmSchedule {
                 linear_start: settings.linear_start,
                 linear_end: settings.linear_end,
@@ -388,16 +524,31 @@ impl<'c> Builder<'_, 'c> {
             },
             image_scale: settings.image_scale,
             image_shift: settings.image_shift,
-            edge: EdgeSettings { steps: settings.edge_steps },
+            edge: EdgeSettings {
+                steps: settings.edge_steps,
+            },
         });
         self.add(StageName::Unclip, graph);
         let prefix = "first_stage_model.";
         let keys = autoencoder::DecoderKeys::sgm(&s, &format!("{prefix}decoder."));
-        let graph =
-            autoencoder::build("vae_decoder", &s, &format!("{prefix}post_quant_conv"), &keys, settings.latent_hw, precision);
+        let graph = autoencoder::build(
+            "vae_decoder",
+            &s,
+            &format!("{prefix}post_quant_conv"),
+            &keys,
+            settings.latent_hw,
+            precision,
+        );
         self.add(StageName::VaeDecoder, graph);
         // Parts of the engine that other stages use, and tables that training leaves behind.
-        for other in ["first_stage_model.encoder.", "first_stage_model.quant_conv.", "first_stage_model.loss.", "conditioner.", "denoiser.", "model_ema."] {
+        for other in [
+            "first_stage_model.encoder.",
+            "first_stage_model.quant_conv.",
+            "first_stage_model.loss.",
+            "conditioner.",
+            "denoiser.",
+            "model_ema.",
+        ] {
             s.ignore(other);
         }
         self.sections.push(s);
@@ -405,9 +556,18 @@ impl<'c> Builder<'_, 'c> {
 
     fn autoenc(&mut self, s: Section<'c>) {
         let keys = autoencoder::DecoderKeys::diffusers(&s, "decoder.");
-        let graph = autoencoder::build("blurry_decoder", &s, "post_quant_conv", &keys, self.blurry_latent, self.plan.precision);
+        let graph = autoencoder::build(
+            "blurry_decoder",
+            &s,
+            "post_quant_conv",
+            &keys,
+            self.blurry_latent,
+            self.plan.precision,
+        );
         self.add(StageName::BlurryDecoder, graph);
-        self.description.blurry = Some(BlurrySettings { latent_scale: self.plan.settings.blurry_scale });
+        self.description.blurry = Some(BlurrySettings {
+            latent_scale: self.plan.settings.blurry_scale,
+        });
         for other in ["encoder.", "quant_conv."] {
             s.ignore(other);
         }
@@ -422,7 +582,8 @@ impl<'c> Builder<'_, 'c> {
                 }
             }
         }
-        let broken = !self.problems.is_empty() || self.sections.iter().any(|s| !s.problems().is_empty());
+        let broken =
+            !self.problems.is_empty() || self.sections.iter().any(|s| !s.problems().is_empty());
         if !broken {
             return Ok(self.description);
         }
@@ -431,7 +592,8 @@ impl<'c> Builder<'_, 'c> {
             self.problems.extend(s.problems());
         }
         self.problems.sort();
-        Err(ExportError::Problems { problems: self.problems })
+        Err(ExportError::Problems {
+            problems: self.problems,
+        })
     }
 }
-

@@ -10,8 +10,9 @@ use bundle::{DType, Dim as SpecDim, Precision, TensorSpec};
 
 use crate::checkpoint::TensorRef;
 use crate::onnx::{
-    AttributeProto, DimensionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto,
-    TensorProto, TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto, element,
+    AttributeProto, DimensionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto,
+    StringStringEntryProto, TensorProto, TensorShapeProto, TensorTypeProto, TypeProto,
+    ValueInfoProto, element,
 };
 
 /// Operator set of all graphs: LayerNormalization needs 17, `TensorRT` 10.3 reads up to 20.
@@ -103,7 +104,10 @@ impl Value {
     pub fn len(&self, axis: usize) -> u64 {
         match self.shape.get(axis) {
             Some(Axis::Len(len)) => *len,
-            other => panic!("axis {axis} of {} is {other:?}, not a fixed length", self.name),
+            other => panic!(
+                "axis {axis} of {} is {other:?}, not a fixed length",
+                self.name
+            ),
         }
     }
 
@@ -188,7 +192,11 @@ impl<'c> Graph<'c> {
 
     /// Declares an fp32 graph input.
     pub fn input(&mut self, name: &str, shape: &[Axis]) -> Value {
-        let value = Value { name: name.into(), elem: Elem::F32, shape: shape.into() };
+        let value = Value {
+            name: name.into(),
+            elem: Elem::F32,
+            shape: shape.into(),
+        };
         self.inputs.push(value.clone());
         value
     }
@@ -204,7 +212,11 @@ impl<'c> Graph<'c> {
             attribute: Vec::new(),
         };
         self.nodes.push(node);
-        self.outputs.push(Value { name: name.into(), elem: Elem::F32, shape: wide.shape });
+        self.outputs.push(Value {
+            name: name.into(),
+            elem: Elem::F32,
+            shape: wide.shape,
+        });
     }
 
     /// Adds a weight; asking twice for the same name gives the same value.
@@ -213,9 +225,18 @@ impl<'c> Graph<'c> {
         if let Some(value) = self.by_name.get(&name) {
             return value.clone();
         }
-        let value = Value { name: name.clone(), elem, shape: shape.iter().map(|&len| Axis::Len(len)).collect() };
+        let value = Value {
+            name: name.clone(),
+            elem,
+            shape: shape.iter().map(|&len| Axis::Len(len)).collect(),
+        };
         self.by_name.insert(name.clone(), value.clone());
-        self.weights.push(Weight { name, elem, shape: shape.into(), numbers });
+        self.weights.push(Weight {
+            name,
+            elem,
+            shape: shape.into(),
+            numbers,
+        });
         value
     }
 
@@ -224,7 +245,11 @@ impl<'c> Graph<'c> {
     /// # Panics
     /// Where shape and number of values differ.
     pub fn table(&mut self, name: &str, elem: Elem, shape: &[u64], values: Vec<f32>) -> Value {
-        assert_eq!(shape.iter().product::<u64>(), values.len() as u64, "table {name} has another size than its shape");
+        assert_eq!(
+            shape.iter().product::<u64>(),
+            values.len() as u64,
+            "table {name} has another size than its shape"
+        );
         self.weight(name, elem, shape, Numbers::Table(values))
     }
 
@@ -234,17 +259,33 @@ impl<'c> Graph<'c> {
             Elem::F16 => half::f16::from_f32(value).to_le_bytes().to_vec(),
             _ => value.to_le_bytes().to_vec(),
         };
-        self.constant(&format!("scalar_{value:e}_{}", elem.onnx()), elem, &[], bytes)
+        self.constant(
+            &format!("scalar_{value:e}_{}", elem.onnx()),
+            elem,
+            &[],
+            bytes,
+        )
     }
 
     fn ints(&mut self, values: &[i64]) -> Value {
         let text: Vec<String> = values.iter().map(i64::to_string).collect();
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        self.constant(&format!("ints_{}", text.join("_")), Elem::I64, &[values.len() as u64], bytes)
+        let bytes = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        self.constant(
+            &format!("ints_{}", text.join("_")),
+            Elem::I64,
+            &[values.len() as u64],
+            bytes,
+        )
     }
 
     fn floats(&mut self, name: &str, values: &[f32]) -> Value {
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let bytes = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
         self.constant(name, Elem::F32, &[values.len() as u64], bytes)
     }
 
@@ -252,7 +293,11 @@ impl<'c> Graph<'c> {
         if let Some(value) = self.by_name.get(name) {
             return value.clone();
         }
-        let value = Value { name: name.into(), elem, shape: shape.iter().map(|&len| Axis::Len(len)).collect() };
+        let value = Value {
+            name: name.into(),
+            elem,
+            shape: shape.iter().map(|&len| Axis::Len(len)).collect(),
+        };
         self.inline.push(TensorProto {
             dims: shape.iter().map(|&len| signed(len)).collect(),
             data_type: elem.onnx(),
@@ -264,7 +309,14 @@ impl<'c> Graph<'c> {
         value
     }
 
-    fn node(&mut self, op: &str, inputs: &[&Value], attributes: Vec<AttributeProto>, elem: Elem, shape: Vec<Axis>) -> Value {
+    fn node(
+        &mut self,
+        op: &str,
+        inputs: &[&Value],
+        attributes: Vec<AttributeProto>,
+        elem: Elem,
+        shape: Vec<Axis>,
+    ) -> Value {
         let name = format!("{op}_{}", self.nodes.len());
         self.nodes.push(NodeProto {
             input: inputs.iter().map(|value| value.name.clone()).collect(),
@@ -291,7 +343,13 @@ impl<'c> Graph<'c> {
         if x.elem == elem {
             return x.clone();
         }
-        self.node("Cast", &[x], vec![AttributeProto::int("to", i64::from(elem.onnx()))], elem, x.shape.clone())
+        self.node(
+            "Cast",
+            &[x],
+            vec![AttributeProto::int("to", i64::from(elem.onnx()))],
+            elem,
+            x.shape.clone(),
+        )
     }
 
     /// Element-wise sum.
@@ -355,7 +413,13 @@ impl<'c> Graph<'c> {
 
     /// Softmax over the last axis.
     pub fn softmax(&mut self, x: &Value) -> Value {
-        self.node("Softmax", &[x], vec![AttributeProto::int("axis", -1)], x.elem, x.shape.clone())
+        self.node(
+            "Softmax",
+            &[x],
+            vec![AttributeProto::int("axis", -1)],
+            x.elem,
+            x.shape.clone(),
+        )
     }
 
     /// A reduction over the last axis, which becomes 1.
@@ -364,7 +428,10 @@ impl<'c> Graph<'c> {
         if let Some(last) = shape.last_mut() {
             *last = Axis::Len(1);
         }
-        let attributes = vec![AttributeProto::ints("axes", &[-1]), AttributeProto::int("keepdims", 1)];
+        let attributes = vec![
+            AttributeProto::ints("axes", &[-1]),
+            AttributeProto::int("keepdims", 1),
+        ];
         self.node(op.onnx(), &[x], attributes, x.elem, shape)
     }
 
@@ -390,7 +457,13 @@ impl<'c> Graph<'c> {
         let shape = vec![x.shape[0], Axis::Len(weight.len(0))];
         let mut inputs = vec![x, weight];
         inputs.extend(bias);
-        self.node("Gemm", &inputs, vec![AttributeProto::int("transB", 1)], x.elem, shape)
+        self.node(
+            "Gemm",
+            &inputs,
+            vec![AttributeProto::int("transB", 1)],
+            x.elem,
+            shape,
+        )
     }
 
     /// Convolution of `x` `[batch, in, height, width]` with `weight` `[out, in, k, k]`, `bias` `[out]`;
@@ -399,7 +472,8 @@ impl<'c> Graph<'c> {
         assert_eq!(x.len(1), weight.len(1), "Conv of {x:?} and {weight:?}");
         let (kernel_h, kernel_w) = (weight.len(2), weight.len(3));
         let (pad_h, pad_w) = (kernel_h / 2, kernel_w / 2);
-        let out = |len: u64, kernel: u64, pad: u64| Axis::Len((len + 2 * pad - kernel) / stride + 1);
+        let out =
+            |len: u64, kernel: u64, pad: u64| Axis::Len((len + 2 * pad - kernel) / stride + 1);
         let shape = vec![
             x.shape[0],
             Axis::Len(weight.len(0)),
@@ -417,9 +491,18 @@ impl<'c> Graph<'c> {
 
     /// Twice the height and width of `x` `[batch, channel, height, width]`, nearest neighbour.
     pub fn upsample(&mut self, x: &Value) -> Value {
-        let none = Value { name: String::new(), elem: Elem::F32, shape: Vec::new() };
+        let none = Value {
+            name: String::new(),
+            elem: Elem::F32,
+            shape: Vec::new(),
+        };
         let scales = self.floats("upsample_scales", &[1.0, 1.0, 2.0, 2.0]);
-        let shape = vec![x.shape[0], x.shape[1], x.shape[2].times(2), x.shape[3].times(2)];
+        let shape = vec![
+            x.shape[0],
+            x.shape[1],
+            x.shape[2].times(2),
+            x.shape[3].times(2),
+        ];
         let attributes = vec![
             AttributeProto::text("coordinate_transformation_mode", "asymmetric"),
             AttributeProto::text("mode", "nearest"),
@@ -434,15 +517,30 @@ impl<'c> Graph<'c> {
         let count = usize::try_from(groups).expect("group counts fit memory");
         let ones = self.floats(&format!("ones_{groups}"), &vec![1.0; count]);
         let zeros = self.floats(&format!("zeros_{groups}"), &vec![0.0; count]);
-        self.node("InstanceNormalization", &[x, &ones, &zeros], vec![AttributeProto::float("epsilon", eps)], x.elem, x.shape.clone())
+        self.node(
+            "InstanceNormalization",
+            &[x, &ones, &zeros],
+            vec![AttributeProto::float("epsilon", eps)],
+            x.elem,
+            x.shape.clone(),
+        )
     }
 
     /// Normalises the last axis, then times `gain`, plus `bias`, each `[last]`.
     pub fn layer_norm(&mut self, x: &Value, gain: &Value, bias: Option<&Value>, eps: f32) -> Value {
         let mut inputs = vec![x, gain];
         inputs.extend(bias);
-        let attributes = vec![AttributeProto::int("axis", -1), AttributeProto::float("epsilon", eps)];
-        self.node("LayerNormalization", &inputs, attributes, x.elem, x.shape.clone())
+        let attributes = vec![
+            AttributeProto::int("axis", -1),
+            AttributeProto::float("epsilon", eps),
+        ];
+        self.node(
+            "LayerNormalization",
+            &inputs,
+            attributes,
+            x.elem,
+            x.shape.clone(),
+        )
     }
 
     /// Other axes for the same elements.
@@ -450,7 +548,11 @@ impl<'c> Graph<'c> {
     /// # Panics
     /// Where the number of elements differs.
     pub fn reshape(&mut self, x: &Value, shape: &[Axis]) -> Value {
-        assert_eq!(elements(&x.shape), elements(shape), "Reshape of {x:?} to {shape:?}");
+        assert_eq!(
+            elements(&x.shape),
+            elements(shape),
+            "Reshape of {x:?} to {shape:?}"
+        );
         if x.shape == shape {
             return x.clone();
         }
@@ -469,22 +571,41 @@ impl<'c> Graph<'c> {
     pub fn transpose(&mut self, x: &Value, order: &[usize]) -> Value {
         let shape = order.iter().map(|&axis| x.shape[axis]).collect();
         let perm: Vec<i64> = order.iter().map(|&axis| signed(axis as u64)).collect();
-        self.node("Transpose", &[x], vec![AttributeProto::ints("perm", &perm)], x.elem, shape)
+        self.node(
+            "Transpose",
+            &[x],
+            vec![AttributeProto::ints("perm", &perm)],
+            x.elem,
+            shape,
+        )
     }
 
     /// Values joined along one axis.
     pub fn concat(&mut self, values: &[&Value], axis: usize) -> Value {
         let mut shape = values[0].shape.clone();
         shape[axis] = Axis::Len(values.iter().map(|value| value.len(axis)).sum());
-        self.node("Concat", values, vec![AttributeProto::int("axis", signed(axis as u64))], values[0].elem, shape)
+        self.node(
+            "Concat",
+            values,
+            vec![AttributeProto::int("axis", signed(axis as u64))],
+            values[0].elem,
+            shape,
+        )
     }
 
     /// Elements `start..end` of one axis.
     pub fn slice(&mut self, x: &Value, axis: usize, start: u64, end: u64) -> Value {
         let mut shape = x.shape.clone();
         shape[axis] = Axis::Len(end - start);
-        let bounds = [[signed(start)], [signed(end)], [signed(axis as u64)]].map(|value| self.ints(&value));
-        self.node("Slice", &[x, &bounds[0], &bounds[1], &bounds[2]], Vec::new(), x.elem, shape)
+        let bounds =
+            [[signed(start)], [signed(end)], [signed(axis as u64)]].map(|value| self.ints(&value));
+        self.node(
+            "Slice",
+            &[x, &bounds[0], &bounds[1], &bounds[2]],
+            Vec::new(),
+            x.elem,
+            shape,
+        )
     }
 
     /// `x` `[batch, row, column]` with one row of zeros in front.
@@ -509,7 +630,10 @@ impl<'c> Graph<'c> {
                 })
                 .collect(),
         };
-        (self.inputs.iter().map(spec).collect(), self.outputs.iter().map(spec).collect())
+        (
+            self.inputs.iter().map(spec).collect(),
+            self.outputs.iter().map(spec).collect(),
+        )
     }
 
     /// Weights in the order they are written.
@@ -523,19 +647,30 @@ impl<'c> Graph<'c> {
     /// `location` is relative to the bundle's root; `offsets` follow [`Self::weights`].
     #[must_use]
     pub fn model(&self, location: &str, offsets: &[u64]) -> ModelProto {
-        let entry = |key: &str, value: String| StringStringEntryProto { key: key.into(), value };
-        let external = self.weights.iter().zip(offsets).map(|(weight, offset)| TensorProto {
-            dims: weight.shape.iter().map(|&len| signed(len)).collect(),
-            data_type: weight.elem.onnx(),
-            name: weight.name.clone(),
-            raw_data: None,
-            external_data: vec![
-                entry("location", location.into()),
-                entry("offset", offset.to_string()),
-                entry("length", (weight.shape.iter().product::<u64>() * weight.elem.len_bytes()).to_string()),
-            ],
-            data_location: Some(1),
-        });
+        let entry = |key: &str, value: String| StringStringEntryProto {
+            key: key.into(),
+            value,
+        };
+        let external = self
+            .weights
+            .iter()
+            .zip(offsets)
+            .map(|(weight, offset)| TensorProto {
+                dims: weight.shape.iter().map(|&len| signed(len)).collect(),
+                data_type: weight.elem.onnx(),
+                name: weight.name.clone(),
+                raw_data: None,
+                external_data: vec![
+                    entry("location", location.into()),
+                    entry("offset", offset.to_string()),
+                    entry(
+                        "length",
+                        (weight.shape.iter().product::<u64>() * weight.elem.len_bytes())
+                            .to_string(),
+                    ),
+                ],
+                data_location: Some(1),
+            });
         let initializer = self.inline.iter().cloned().chain(external).collect();
         ModelProto {
             ir_version: IR_VERSION,
@@ -547,7 +682,10 @@ impl<'c> Graph<'c> {
                 input: self.inputs.iter().map(value_info).collect(),
                 output: self.outputs.iter().map(value_info).collect(),
             }),
-            opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET }],
+            opset_import: vec![OperatorSetIdProto {
+                domain: String::new(),
+                version: OPSET,
+            }],
         }
     }
 }
@@ -575,26 +713,44 @@ fn value_info(value: &Value) -> ValueInfoProto {
         .shape
         .iter()
         .map(|axis| match axis {
-            Axis::Batch(_) => DimensionProto { dim_value: None, dim_param: Some("batch".into()) },
-            Axis::Len(len) => DimensionProto { dim_value: Some(signed(*len)), dim_param: None },
+            Axis::Batch(_) => DimensionProto {
+                dim_value: None,
+                dim_param: Some("batch".into()),
+            },
+            Axis::Len(len) => DimensionProto {
+                dim_value: Some(signed(*len)),
+                dim_param: None,
+            },
         })
         .collect();
-    let tensor = TensorTypeProto { elem_type: value.elem.onnx(), shape: Some(TensorShapeProto { dim }) };
-    ValueInfoProto { name: value.name.clone(), r#type: Some(TypeProto { tensor_type: Some(tensor) }) }
+    let tensor = TensorTypeProto {
+        elem_type: value.elem.onnx(),
+        shape: Some(TensorShapeProto { dim }),
+    };
+    ValueInfoProto {
+        name: value.name.clone(),
+        r#type: Some(TypeProto {
+            tensor_type: Some(tensor),
+        }),
+    }
 }
 
 /// Elements as (constant, whether times the batch).
 fn elements(shape: &[Axis]) -> (u64, u32) {
-    shape.iter().fold((1, 0), |(product, batches), axis| match axis {
-        Axis::Batch(times) => (product * times, batches + 1),
-        Axis::Len(len) => (product * len, batches),
-    })
+    shape
+        .iter()
+        .fold((1, 0), |(product, batches), axis| match axis {
+            Axis::Batch(times) => (product * times, batches + 1),
+            Axis::Len(len) => (product * len, batches),
+        })
 }
 
 fn broadcast(a: &[Axis], b: &[Axis]) -> Vec<Axis> {
     let rank = a.len().max(b.len());
     let at = |shape: &[Axis], position: usize| {
-        (position + shape.len()).checked_sub(rank).map_or(Axis::Len(1), |index| shape[index])
+        (position + shape.len())
+            .checked_sub(rank)
+            .map_or(Axis::Len(1), |index| shape[index])
     };
     (0..rank)
         .map(|position| match (at(a, position), at(b, position)) {

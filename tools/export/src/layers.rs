@@ -9,7 +9,14 @@ use crate::section::Section;
 /// Linear layer `<key>.weight` `[out, in]`, with bias where asked, on the last axis of `x`.
 ///
 /// Two axes become a Gemm, so that the largest matrices are written as stored; more axes a MatMul.
-pub fn linear<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value, out: u64, bias: bool) -> Value {
+pub fn linear<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    key: &str,
+    x: &Value,
+    out: u64,
+    bias: bool,
+) -> Value {
     let inner = x.last();
     let bias = bias.then(|| s.weight(g, &format!("{key}.bias"), &[out]));
     if x.shape().len() == 2 {
@@ -22,20 +29,45 @@ pub fn linear<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value, out:
 }
 
 /// Linear layer whose width is read from its weight.
-pub fn linear_to<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value, bias: bool) -> Value {
+pub fn linear_to<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    key: &str,
+    x: &Value,
+    bias: bool,
+) -> Value {
     let out = s.axis(&format!("{key}.weight"), 2, 0);
     linear(g, s, key, x, out, bias)
 }
 
 /// Convolution `<key>` with bias and half-kernel padding; its kernel is given, its width read from the weight.
-pub fn conv<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value, kernel: u64, stride: u64) -> Value {
+pub fn conv<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    key: &str,
+    x: &Value,
+    kernel: u64,
+    stride: u64,
+) -> Value {
     let out = s.axis(&format!("{key}.weight"), 4, 0);
     conv_out(g, s, key, x, out, kernel, stride)
 }
 
 /// Convolution `<key>` with bias to `out` channels.
-pub fn conv_out<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value, out: u64, kernel: u64, stride: u64) -> Value {
-    let weight = s.weight(g, &format!("{key}.weight"), &[out, x.len(1), kernel, kernel]);
+pub fn conv_out<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    key: &str,
+    x: &Value,
+    out: u64,
+    kernel: u64,
+    stride: u64,
+) -> Value {
+    let weight = s.weight(
+        g,
+        &format!("{key}.weight"),
+        &[out, x.len(1), kernel, kernel],
+    );
     let bias = s.weight(g, &format!("{key}.bias"), &[out]);
     g.conv(x, &weight, &bias, stride)
 }
@@ -43,8 +75,22 @@ pub fn conv_out<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value, ou
 /// Layer norm `<key>.weight`, `<key>.bias` over the last axis, in fp32.
 pub fn layer_norm<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value, eps: f32) -> Value {
     let width = [x.last()];
-    let gain = s.weight_as(g, &format!("{key}.weight"), &width, Elem::F32, &width, Layout::AsStored);
-    let bias = s.weight_as(g, &format!("{key}.bias"), &width, Elem::F32, &width, Layout::AsStored);
+    let gain = s.weight_as(
+        g,
+        &format!("{key}.weight"),
+        &width,
+        Elem::F32,
+        &width,
+        Layout::AsStored,
+    );
+    let bias = s.weight_as(
+        g,
+        &format!("{key}.bias"),
+        &width,
+        Elem::F32,
+        &width,
+        Layout::AsStored,
+    );
     let wide = g.cast(x, Elem::F32);
     let normed = g.layer_norm(&wide, &gain, Some(&bias), eps);
     g.cast(&normed, x.elem())
@@ -54,18 +100,49 @@ pub fn layer_norm<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value, 
 ///
 /// Reshape, InstanceNormalization, Reshape, Mul, Add: three times cheaper on CPUs than the
 /// decomposed GroupNormalization and readable for TensorRT 10.3.
-pub fn group_norm<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value, groups: u64, eps: f32) -> Value {
+pub fn group_norm<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    key: &str,
+    x: &Value,
+    groups: u64,
+    eps: f32,
+) -> Value {
     let channels = x.len(1);
     if !channels.is_multiple_of(groups) {
-        s.problem(&format!("{key}.weight"), format!("expected a multiple of {groups} channels, found {channels}"));
+        s.problem(
+            &format!("{key}.weight"),
+            format!("expected a multiple of {groups} channels, found {channels}"),
+        );
         return x.clone();
     }
     let affine = [channels, 1, 1];
-    let gain = s.weight_as(g, &format!("{key}.weight"), &[channels], Elem::F32, &affine, Layout::AsStored);
-    let bias = s.weight_as(g, &format!("{key}.bias"), &[channels], Elem::F32, &affine, Layout::AsStored);
+    let gain = s.weight_as(
+        g,
+        &format!("{key}.weight"),
+        &[channels],
+        Elem::F32,
+        &affine,
+        Layout::AsStored,
+    );
+    let bias = s.weight_as(
+        g,
+        &format!("{key}.bias"),
+        &[channels],
+        Elem::F32,
+        &affine,
+        Layout::AsStored,
+    );
     let wide = g.cast(x, Elem::F32);
     let (height, width) = (x.len(2), x.len(3));
-    let grouped = g.reshape(&wide, &[x.shape()[0], Axis::Len(groups), Axis::Len(channels / groups * height * width)]);
+    let grouped = g.reshape(
+        &wide,
+        &[
+            x.shape()[0],
+            Axis::Len(groups),
+            Axis::Len(channels / groups * height * width),
+        ],
+    );
     let normed = g.instance_norm(&grouped, eps);
     let normed = g.reshape(&normed, x.shape());
     let scaled = g.mul(&normed, &gain);
@@ -113,7 +190,12 @@ pub fn attention(g: &mut Graph<'_>, q: &Value, k: &Value, v: &Value, heads: u64)
     let inner = q.last();
     let width = inner / heads;
     let split = |g: &mut Graph<'_>, x: &Value, order: [usize; 4]| {
-        let axes = [BATCH, Axis::Len(x.len(1)), Axis::Len(heads), Axis::Len(width)];
+        let axes = [
+            BATCH,
+            Axis::Len(x.len(1)),
+            Axis::Len(heads),
+            Axis::Len(width),
+        ];
         let x = g.reshape(x, &axes);
         g.transpose(&x, &order)
     };
@@ -130,7 +212,13 @@ pub fn attention(g: &mut Graph<'_>, q: &Value, k: &Value, v: &Value, heads: u64)
 }
 
 /// Sinusoids of `time` `[batch]`: `[batch, 2 * frequencies]`, the two halves in the given order; in fp32.
-pub fn sinusoids(g: &mut Graph<'_>, time: &Value, name: &str, frequencies: Vec<f32>, order: Sinusoids) -> Value {
+pub fn sinusoids(
+    g: &mut Graph<'_>,
+    time: &Value,
+    name: &str,
+    frequencies: Vec<f32>,
+    order: Sinusoids,
+) -> Value {
     let half = frequencies.len() as u64;
     let table = g.table(name, Elem::F32, &[1, half], frequencies);
     let column = g.reshape(time, &[BATCH, Axis::Len(1)]);
@@ -152,21 +240,32 @@ pub enum Sinusoids {
 }
 
 /// Frequencies from 1 down to about 1/10000: `10000^(-i / divisor)`.
-#[expect(clippy::cast_possible_truncation, reason = "computed in double precision, stored in single")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "computed in double precision, stored in single"
+)]
 #[must_use]
 pub fn frequencies(count: u64, divisor: f64) -> Vec<f32> {
-    (0..count).map(|i| (-(10_000_f64.ln()) * as_f64(i) / divisor).exp() as f32).collect()
+    (0..count)
+        .map(|i| (-(10_000_f64.ln()) * as_f64(i) / divisor).exp() as f32)
+        .collect()
 }
 
 /// A length as a number to compute with; lengths are far below 2^24.
-#[expect(clippy::cast_precision_loss, reason = "axes of networks are far below 2^24")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "axes of networks are far below 2^24"
+)]
 #[must_use]
 pub fn as_f32(len: u64) -> f32 {
     len as f32
 }
 
 /// A length as a number to compute with.
-#[expect(clippy::cast_precision_loss, reason = "axes of networks are far below 2^53")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "axes of networks are far below 2^53"
+)]
 #[must_use]
 pub fn as_f64(len: u64) -> f64 {
     len as f64

@@ -13,12 +13,16 @@ use export::section::chain;
 
 /// Turns trained MindEye2 checkpoints into signed bundles for the Afterimage box.
 #[derive(Parser)]
-#[command(version, about, after_help = "A first bundle:\n  \
+#[command(
+    version,
+    about,
+    after_help = "A first bundle:\n  \
     afterimage-export keygen --secret site.key --public site.pub\n  \
     afterimage-export bundle --folder checkpoints --precision fp16 --out mindeye2\n  \
     afterimage-export check --bundle mindeye2 --golden golden\n  \
     afterimage-export sign --bundle mindeye2 --secret site.key\n  \
-    afterimage-export verify --bundle mindeye2 --public site.pub")]
+    afterimage-export verify --bundle mindeye2 --public site.pub"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -119,8 +123,21 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Inspect { file } => run_inspect(&file),
         Command::Bundle(args) => run_bundle(args),
-        Command::Check { bundle, golden, json, onnxruntime } => {
-            return match check::run(&CheckOptions { bundle, golden, json, onnxruntime }, &mut std::io::stdout().lock()) {
+        Command::Check {
+            bundle,
+            golden,
+            json,
+            onnxruntime,
+        } => {
+            return match check::run(
+                &CheckOptions {
+                    bundle,
+                    golden,
+                    json,
+                    onnxruntime,
+                },
+                &mut std::io::stdout().lock(),
+            ) {
                 Ok(true) => ExitCode::SUCCESS,
                 Ok(false) => ExitCode::FAILURE,
                 Err(error) => fail(&error),
@@ -128,7 +145,14 @@ fn main() -> ExitCode {
         }
         Command::Keygen { secret, public } => bundle::generate_keys(&secret, &public, None)
             .map_err(Failure::from)
-            .and_then(|key| say(&format!("key {}: public {}, secret {}", key.id(), public.display(), secret.display()))),
+            .and_then(|key| {
+                say(&format!(
+                    "key {}: public {}, secret {}",
+                    key.id(),
+                    public.display(),
+                    secret.display()
+                ))
+            }),
         Command::Sign { bundle, secret } => run_sign(&bundle, &secret),
         Command::Verify { bundle, public } => run_verify(&bundle, &public),
     };
@@ -158,7 +182,9 @@ fn run_inspect(file: &std::path::Path) -> Result<(), Failure> {
 fn run_bundle(args: BundleArgs) -> Result<(), Failure> {
     let mut plan = match (args.recipe, args.folder, args.precision) {
         (Some(recipe), ..) => Plan::from_recipe(&recipe)?,
-        (None, Some(folder), Some(precision)) => Plan::from_folder(&folder, precision.into(), args.allow_unexpected)?,
+        (None, Some(folder), Some(precision)) => {
+            Plan::from_folder(&folder, precision.into(), args.allow_unexpected)?
+        }
         _ => return Err("give --recipe FILE, or --folder DIR with --precision".into()),
     };
     plan.allow_unexpected |= args.allow_unexpected;
@@ -170,7 +196,11 @@ fn run_bundle(args: BundleArgs) -> Result<(), Failure> {
         progress(&format!("note: {note}"));
     }
     export(&plan, &args.out, &mut progress)?;
-    say(&format!("{}: {} bundle, not signed yet", args.out.display(), plan.precision))
+    say(&format!(
+        "{}: {} bundle, not signed yet",
+        args.out.display(),
+        plan.precision
+    ))
 }
 
 fn run_sign(dir: &std::path::Path, secret: &std::path::Path) -> Result<(), Failure> {

@@ -106,25 +106,45 @@ impl AttributeProto {
     /// A float setting.
     #[must_use]
     pub fn float(name: &str, value: f32) -> Self {
-        Self { name: name.into(), f: Some(value), r#type: Self::FLOAT, ..Self::default() }
+        Self {
+            name: name.into(),
+            f: Some(value),
+            r#type: Self::FLOAT,
+            ..Self::default()
+        }
     }
 
     /// An integer setting.
     #[must_use]
     pub fn int(name: &str, value: i64) -> Self {
-        Self { name: name.into(), i: Some(value), r#type: Self::INT, ..Self::default() }
+        Self {
+            name: name.into(),
+            i: Some(value),
+            r#type: Self::INT,
+            ..Self::default()
+        }
     }
 
     /// A text setting.
     #[must_use]
     pub fn text(name: &str, value: &str) -> Self {
-        Self { name: name.into(), s: Some(value.into()), r#type: Self::STRING, ..Self::default() }
+        Self {
+            name: name.into(),
+            s: Some(value.into()),
+            r#type: Self::STRING,
+            ..Self::default()
+        }
     }
 
     /// A list of integers.
     #[must_use]
     pub fn ints(name: &str, values: &[i64]) -> Self {
-        Self { name: name.into(), ints: values.into(), r#type: Self::INTS, ..Self::default() }
+        Self {
+            name: name.into(),
+            ints: values.into(),
+            r#type: Self::INTS,
+            ..Self::default()
+        }
     }
 }
 

@@ -53,7 +53,9 @@ pub enum PlanError {
         found: String,
     },
     /// Nothing to export.
-    #[error("{path} holds none of last.pth, unclip6*.ckpt, sd_image_var_autoenc.pth: nothing to export")]
+    #[error(
+        "{path} holds none of last.pth, unclip6*.ckpt, sd_image_var_autoenc.pth: nothing to export"
+    )]
     Empty {
         /// The folder or recipe.
         path: PathBuf,
@@ -218,11 +220,20 @@ impl Plan {
     /// [`PlanError`] names the line or field.
     pub fn from_recipe(path: &Path) -> Result<Plan, PlanError> {
         let text = read_text(path)?;
-        let recipe: Recipe =
-            toml::from_str(&text).map_err(|error| PlanError::Recipe { path: path.to_owned(), message: error.to_string() })?;
+        let recipe: Recipe = toml::from_str(&text).map_err(|error| PlanError::Recipe {
+            path: path.to_owned(),
+            message: error.to_string(),
+        })?;
         let base = path.parent().unwrap_or(Path::new(""));
         let at = |file: Option<PathBuf>| file.map(|file| base.join(file));
-        let subjects = recipe.subjects.into_iter().map(|subject| SubjectPlan { mask: at(subject.mask.clone()), ..subject }).collect();
+        let subjects = recipe
+            .subjects
+            .into_iter()
+            .map(|subject| SubjectPlan {
+                mask: at(subject.mask.clone()),
+                ..subject
+            })
+            .collect();
         let plan = Plan {
             bundle_version: recipe.bundle_version,
             precision: recipe.precision,
@@ -243,35 +254,67 @@ impl Plan {
     ///
     /// # Errors
     /// [`PlanError`] where the folder cannot be read, holds nothing to export, or its `config.json` is wrong.
-    pub fn from_folder(dir: &Path, precision: Precision, allow_unexpected: bool) -> Result<Plan, PlanError> {
+    pub fn from_folder(
+        dir: &Path,
+        precision: Precision,
+        allow_unexpected: bool,
+    ) -> Result<Plan, PlanError> {
         let names = file_names(dir)?;
         let mut notes = Vec::new();
-        let mut find = |role: &str, prefix: &str, suffix: &str| -> Result<Option<PathBuf>, PlanError> {
-            let found: Vec<&String> = names.iter().filter(|name| name.starts_with(prefix) && name.ends_with(suffix)).collect();
-            match found.as_slice() {
-                [] => {
-                    let wild = if prefix.ends_with(suffix) { "" } else { "*" };
-                    let pattern = if wild.is_empty() { prefix.to_owned() } else { format!("{prefix}*{suffix}") };
-                    notes.push(format!("{pattern} is missing: without {role}"));
-                    Ok(None)
+        let mut find =
+            |role: &str, prefix: &str, suffix: &str| -> Result<Option<PathBuf>, PlanError> {
+                let found: Vec<&String> = names
+                    .iter()
+                    .filter(|name| name.starts_with(prefix) && name.ends_with(suffix))
+                    .collect();
+                match found.as_slice() {
+                    [] => {
+                        let wild = if prefix.ends_with(suffix) { "" } else { "*" };
+                        let pattern = if wild.is_empty() {
+                            prefix.to_owned()
+                        } else {
+                            format!("{prefix}*{suffix}")
+                        };
+                        notes.push(format!("{pattern} is missing: without {role}"));
+                        Ok(None)
+                    }
+                    [name] => Ok(Some(dir.join(name))),
+                    several => {
+                        let names = several
+                            .iter()
+                            .map(|name| name.as_str())
+                            .collect::<Vec<_>>()
+                            .join(", ");
+                        Err(PlanError::Ambiguous {
+                            path: dir.to_owned(),
+                            names,
+                        })
+                    }
                 }
-                [name] => Ok(Some(dir.join(name))),
-                several => {
-                    let names = several.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
-                    Err(PlanError::Ambiguous { path: dir.to_owned(), names })
-                }
-            }
-        };
+            };
         let mindeye = find("subject, backbone and prior", "last.pth", "last.pth")?;
         let unclip = find("unclip and vae_decoder", "unclip6", ".ckpt")?;
-        let autoenc = find("blurry_decoder", "sd_image_var_autoenc.pth", "sd_image_var_autoenc.pth")?;
+        let autoenc = find(
+            "blurry_decoder",
+            "sd_image_var_autoenc.pth",
+            "sd_image_var_autoenc.pth",
+        )?;
         for (prefix, suffix, stages) in [
-            ("sd_xl_base", ".safetensors", "refiner, vae_encoder, text_encoder_1 and text_encoder_2"),
+            (
+                "sd_xl_base",
+                ".safetensors",
+                "refiner, vae_encoder, text_encoder_1 and text_encoder_2",
+            ),
             ("bigG_to_L", ".pth", "caption_bridge"),
             ("git", "git", "captioner"),
         ] {
-            if let Some(name) = names.iter().find(|name| name.starts_with(prefix) && name.ends_with(suffix)) {
-                notes.push(format!("{name} is there, but {stages} cannot be exported yet"));
+            if let Some(name) = names
+                .iter()
+                .find(|name| name.starts_with(prefix) && name.ends_with(suffix))
+            {
+                notes.push(format!(
+                    "{name} is there, but {stages} cannot be exported yet"
+                ));
             }
         }
         let (settings, random_weights) = read_config(dir, &names)?;
@@ -293,13 +336,27 @@ impl Plan {
 
     fn checked(self, path: &Path) -> Result<Plan, PlanError> {
         if self.mindeye.is_none() && self.unclip.is_none() && self.autoenc.is_none() {
-            return Err(PlanError::Empty { path: path.to_owned() });
+            return Err(PlanError::Empty {
+                path: path.to_owned(),
+            });
         }
-        let field = |field: &str, expected, found: String| PlanError::Field { path: path.to_owned(), field: field.into(), expected, found };
+        let field = |field: &str, expected, found: String| PlanError::Field {
+            path: path.to_owned(),
+            field: field.into(),
+            expected,
+            found,
+        };
         let settings = &self.settings;
-        for (name, [height, width]) in [("latent_hw", settings.latent_hw), ("blurry_latent_hw", settings.blurry_latent_hw)] {
+        for (name, [height, width]) in [
+            ("latent_hw", settings.latent_hw),
+            ("blurry_latent_hw", settings.blurry_latent_hw),
+        ] {
             if ![height, width].iter().all(|len| (1..=4096).contains(len)) {
-                return Err(field(name, "two numbers of 1..=4096", format!("{height} and {width}")));
+                return Err(field(
+                    name,
+                    "two numbers of 1..=4096",
+                    format!("{height} and {width}"),
+                ));
             }
         }
         for (name, value) in [
@@ -314,7 +371,11 @@ impl Plan {
         let mut seen = BTreeSet::new();
         for subject in &self.subjects {
             if !seen.insert(subject.index) {
-                return Err(field("subjects.index", "each index once", subject.index.to_string()));
+                return Err(field(
+                    "subjects.index",
+                    "each index once",
+                    subject.index.to_string(),
+                ));
             }
         }
         Ok(self)
@@ -322,18 +383,32 @@ impl Plan {
 }
 
 fn read_text(path: &Path) -> Result<String, PlanError> {
-    let error = |source| PlanError::Read { path: path.to_owned(), source };
+    let error = |source| PlanError::Read {
+        path: path.to_owned(),
+        source,
+    };
     let len = fs::metadata(path).map_err(error)?.len();
     if len > MAX_TEXT_BYTES {
-        return Err(error(std::io::Error::other(format!("{len} bytes, expected at most {MAX_TEXT_BYTES}"))));
+        return Err(error(std::io::Error::other(format!(
+            "{len} bytes, expected at most {MAX_TEXT_BYTES}"
+        ))));
     }
     fs::read_to_string(path).map_err(error)
 }
 
 fn file_names(dir: &Path) -> Result<BTreeSet<String>, PlanError> {
-    let error = |source| PlanError::Read { path: dir.to_owned(), source };
+    let error = |source| PlanError::Read {
+        path: dir.to_owned(),
+        source,
+    };
     let entries = fs::read_dir(dir).map_err(error)?;
-    entries.map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()).map_err(error)).collect()
+    entries
+        .map(|entry| {
+            entry
+                .map(|entry| entry.file_name().to_string_lossy().into_owned())
+                .map_err(error)
+        })
+        .collect()
 }
 
 /// Settings of a `config.json` in the layout of the reference vectors; absent fields keep their defaults.
@@ -344,22 +419,72 @@ fn read_config(dir: &Path, names: &BTreeSet<String>) -> Result<(ModelSettings, b
     }
     let path = dir.join("config.json");
     let json: serde_json::Value =
-        serde_json::from_str(&read_text(&path)?).map_err(|source| PlanError::Json { path: path.clone(), source })?;
-    let reader = ConfigReader { path: &path, json: &json };
-    reader.take("/unclip/latent_hw", "two whole numbers", &mut settings.latent_hw)?;
-    reader.take("/unclip/unet/num_head_channels", "a whole number", &mut settings.num_head_channels)?;
+        serde_json::from_str(&read_text(&path)?).map_err(|source| PlanError::Json {
+            path: path.clone(),
+            source,
+        })?;
+    let reader = ConfigReader {
+        path: &path,
+        json: &json,
+    };
+    reader.take(
+        "/unclip/latent_hw",
+        "two whole numbers",
+        &mut settings.latent_hw,
+    )?;
+    reader.take(
+        "/unclip/unet/num_head_channels",
+        "a whole number",
+        &mut settings.num_head_channels,
+    )?;
     reader.take("/me/tokens", "a whole number", &mut settings.context_tokens)?;
-    reader.take("/constants/scale_factor", "a number", &mut settings.scale_factor)?;
+    reader.take(
+        "/constants/scale_factor",
+        "a number",
+        &mut settings.scale_factor,
+    )?;
     reader.take("/constants/cfg_scale", "a number", &mut settings.guidance)?;
-    reader.take("/constants/unclip_steps", "a whole number", &mut settings.unclip_steps)?;
-    reader.take("/constants/offset_noise_level", "a number", &mut settings.offset_noise)?;
-    reader.take("/constants/linear_start", "a number", &mut settings.linear_start)?;
-    reader.take("/constants/linear_end", "a number", &mut settings.linear_end)?;
-    reader.take("/constants/discrete_idx", "a whole number", &mut settings.schedule_steps)?;
-    reader.take("/constants/vector_embed_dim", "a whole number", &mut settings.vector_embed_dim)?;
-    reader.take("/constants/prior_ddim_steps", "a whole number", &mut settings.prior_steps)?;
+    reader.take(
+        "/constants/unclip_steps",
+        "a whole number",
+        &mut settings.unclip_steps,
+    )?;
+    reader.take(
+        "/constants/offset_noise_level",
+        "a number",
+        &mut settings.offset_noise,
+    )?;
+    reader.take(
+        "/constants/linear_start",
+        "a number",
+        &mut settings.linear_start,
+    )?;
+    reader.take(
+        "/constants/linear_end",
+        "a number",
+        &mut settings.linear_end,
+    )?;
+    reader.take(
+        "/constants/discrete_idx",
+        "a whole number",
+        &mut settings.schedule_steps,
+    )?;
+    reader.take(
+        "/constants/vector_embed_dim",
+        "a whole number",
+        &mut settings.vector_embed_dim,
+    )?;
+    reader.take(
+        "/constants/prior_ddim_steps",
+        "a whole number",
+        &mut settings.prior_steps,
+    )?;
     reader.take("/constants/prior_eta", "a number", &mut settings.prior_eta)?;
-    reader.take("/constants/autoenc_latent_scale", "a number", &mut settings.blurry_scale)?;
+    reader.take(
+        "/constants/autoenc_latent_scale",
+        "a number",
+        &mut settings.blurry_scale,
+    )?;
     let (mut original, mut crop) = (settings.vector_values[0], settings.vector_values[2]);
     reader.take("/constants/size_values/original", "a number", &mut original)?;
     reader.take("/constants/size_values/crop", "a number", &mut crop)?;
@@ -375,7 +500,12 @@ struct ConfigReader<'a> {
 }
 
 impl ConfigReader<'_> {
-    fn take<T: for<'de> Deserialize<'de>>(&self, pointer: &str, expected: &'static str, into: &mut T) -> Result<(), PlanError> {
+    fn take<T: for<'de> Deserialize<'de>>(
+        &self,
+        pointer: &str,
+        expected: &'static str,
+        into: &mut T,
+    ) -> Result<(), PlanError> {
         let Some(value) = self.json.pointer(pointer) else {
             return Ok(());
         };

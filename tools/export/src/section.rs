@@ -51,7 +51,10 @@ pub struct Section<'c> {
 impl<'c> Section<'c> {
     /// A section of these tensors; `file` stands in messages.
     #[must_use]
-    pub fn new(file: &str, tensors: impl IntoIterator<Item = (String, TensorRef<'c>)>) -> Section<'c> {
+    pub fn new(
+        file: &str,
+        tensors: impl IntoIterator<Item = (String, TensorRef<'c>)>,
+    ) -> Section<'c> {
         Section {
             file: file.into(),
             tensors: tensors.into_iter().collect(),
@@ -69,7 +72,10 @@ impl<'c> Section<'c> {
     /// Whether any key starts so.
     #[must_use]
     pub fn has_prefix(&self, prefix: &str) -> bool {
-        self.tensors.range(prefix.to_owned()..).next().is_some_and(|(key, _)| key.starts_with(prefix))
+        self.tensors
+            .range(prefix.to_owned()..)
+            .next()
+            .is_some_and(|(key, _)| key.starts_with(prefix))
     }
 
     /// The distinct numbers N of keys `<prefix>N.…` or `<prefix>N`, ascending.
@@ -90,7 +96,10 @@ impl<'c> Section<'c> {
         let numbers = self.numbers(prefix);
         for (expected, &found) in (0_u64..).zip(&numbers) {
             if expected != found {
-                self.problem(&format!("{prefix}{expected}"), format!("missing, though {prefix}{found} is there"));
+                self.problem(
+                    &format!("{prefix}{expected}"),
+                    format!("missing, though {prefix}{found} is there"),
+                );
                 return expected;
             }
         }
@@ -109,11 +118,20 @@ impl<'c> Section<'c> {
         match self.shape(key) {
             Some(shape) if shape.len() == rank && shape.iter().all(|&len| len > 0) => shape[axis],
             Some(shape) => {
-                self.problem(key, format!("expected {rank} axes of at least 1, found {}", show_shape(&shape)));
+                self.problem(
+                    key,
+                    format!(
+                        "expected {rank} axes of at least 1, found {}",
+                        show_shape(&shape)
+                    ),
+                );
                 1
             }
             None => {
-                self.problem(key, format!("expected a tensor of {rank} axes, the key is missing"));
+                self.problem(
+                    key,
+                    format!("expected a tensor of {rank} axes, the key is missing"),
+                );
                 1
             }
         }
@@ -121,7 +139,11 @@ impl<'c> Section<'c> {
 
     /// Notes a problem.
     pub fn problem(&self, key: &str, message: String) {
-        let problem = Problem { file: self.file.clone(), key: key.into(), message };
+        let problem = Problem {
+            file: self.file.clone(),
+            key: key.into(),
+            message,
+        };
         let mut problems = self.problems.borrow_mut();
         if !problems.contains(&problem) {
             problems.push(problem);
@@ -131,15 +153,34 @@ impl<'c> Section<'c> {
     fn expect(&self, key: &str, expected: &[u64]) -> Option<TensorRef<'c>> {
         self.used.borrow_mut().insert(key.to_owned());
         let Some(tensor) = self.tensors.get(key) else {
-            self.problem(key, format!("expected shape {}, the key is missing", show_shape(expected)));
+            self.problem(
+                key,
+                format!(
+                    "expected shape {}, the key is missing",
+                    show_shape(expected)
+                ),
+            );
             return None;
         };
         if tensor.shape() != expected {
-            self.problem(key, format!("expected shape {}, found {}", show_shape(expected), show_shape(tensor.shape())));
+            self.problem(
+                key,
+                format!(
+                    "expected shape {}, found {}",
+                    show_shape(expected),
+                    show_shape(tensor.shape())
+                ),
+            );
             return None;
         }
-        if !matches!(tensor.dtype(), TensorDType::F16 | TensorDType::BF16 | TensorDType::F32 | TensorDType::F64) {
-            self.problem(key, format!("expected floating-point numbers, found {}", tensor.dtype()));
+        if !matches!(
+            tensor.dtype(),
+            TensorDType::F16 | TensorDType::BF16 | TensorDType::F32 | TensorDType::F64
+        ) {
+            self.problem(
+                key,
+                format!("expected floating-point numbers, found {}", tensor.dtype()),
+            );
             return None;
         }
         Some(tensor.clone())
@@ -154,7 +195,14 @@ impl<'c> Section<'c> {
     /// A matrix `[out, in]` of the checkpoint as `[in, out]`.
     pub fn transposed(&self, graph: &mut Graph<'c>, key: &str, out: u64, inner: u64) -> Value {
         let elem = graph.act();
-        self.weight_as(graph, key, &[out, inner], elem, &[inner, out], Layout::Transposed)
+        self.weight_as(
+            graph,
+            key,
+            &[out, inner],
+            elem,
+            &[inner, out],
+            Layout::Transposed,
+        )
     }
 
     /// A weight in a chosen element type, shape and layout.
@@ -167,7 +215,9 @@ impl<'c> Section<'c> {
         shape: &[u64],
         layout: Layout,
     ) -> Value {
-        let numbers = self.expect(key, expected).map_or(Numbers::Missing, |tensor| Numbers::Tensor(tensor, layout));
+        let numbers = self
+            .expect(key, expected)
+            .map_or(Numbers::Missing, |tensor| Numbers::Tensor(tensor, layout));
         let lens: Vec<String> = shape.iter().map(u64::to_string).collect();
         graph.weight(&format!("{key}[{}]", lens.join(",")), elem, shape, numbers)
     }
@@ -178,7 +228,13 @@ impl<'c> Section<'c> {
         let len = expected.iter().product::<u64>();
         let zeros = || vec![0.0; usize::try_from(len.min(MAX_TABLE)).unwrap_or(0)];
         if len > MAX_TABLE {
-            self.problem(key, format!("expected at most {MAX_TABLE} values, found {}", show_shape(expected)));
+            self.problem(
+                key,
+                format!(
+                    "expected at most {MAX_TABLE} values, found {}",
+                    show_shape(expected)
+                ),
+            );
             return zeros();
         }
         let Some(tensor) = self.expect(key, expected) else {
@@ -187,7 +243,13 @@ impl<'c> Section<'c> {
         match tensor.read_f32() {
             Ok(values) => {
                 if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-                    self.problem(key, format!("expected finite values, found {} at flat index {at}", values[at]));
+                    self.problem(
+                        key,
+                        format!(
+                            "expected finite values, found {} at flat index {at}",
+                            values[at]
+                        ),
+                    );
                 }
                 values
             }
@@ -207,8 +269,13 @@ impl<'c> Section<'c> {
 
     /// Tensors that may be there and are of no use.
     pub fn ignore(&self, prefix: &str) {
-        let known: Vec<String> =
-            self.tensors.range(prefix.to_owned()..).map(|(key, _)| key).take_while(|key| key.starts_with(prefix)).cloned().collect();
+        let known: Vec<String> = self
+            .tensors
+            .range(prefix.to_owned()..)
+            .map(|(key, _)| key)
+            .take_while(|key| key.starts_with(prefix))
+            .cloned()
+            .collect();
         self.used.borrow_mut().extend(known);
     }
 
@@ -226,7 +293,10 @@ impl<'c> Section<'c> {
             self.problem(key, chain(&error));
         }
         if let Some((at, value)) = bad {
-            self.problem(key, format!("expected finite values, found {value} at flat index {at}"));
+            self.problem(
+                key,
+                format!("expected finite values, found {value} at flat index {at}"),
+            );
         }
     }
 
@@ -240,7 +310,11 @@ impl<'c> Section<'c> {
     #[must_use]
     pub fn unexpected(&self) -> Vec<String> {
         let used = self.used.borrow();
-        self.tensors.keys().filter(|key| !used.contains(*key)).cloned().collect()
+        self.tensors
+            .keys()
+            .filter(|key| !used.contains(*key))
+            .cloned()
+            .collect()
     }
 
     /// Checks the numbers of every tensor that was asked for; used when an export has failed already.
@@ -248,7 +322,10 @@ impl<'c> Section<'c> {
         let used: Vec<String> = self.used.borrow().iter().cloned().collect();
         for key in used {
             let float = |tensor: &&TensorRef<'c>| {
-                matches!(tensor.dtype(), TensorDType::F16 | TensorDType::BF16 | TensorDType::F32 | TensorDType::F64)
+                matches!(
+                    tensor.dtype(),
+                    TensorDType::F16 | TensorDType::BF16 | TensorDType::F32 | TensorDType::F64
+                )
             };
             if let Some(tensor) = self.tensors.get(&key).filter(float) {
                 self.check_finite(&key, tensor);

@@ -20,11 +20,21 @@ const CHUNK: usize = 1 << 18;
 ///
 /// # Errors
 /// [`ExportError`] where the bundle cannot be written or a tensor cannot be read.
-pub fn write(weights: &[Weight<'_>], out: &mut WeightsWriter, problems: &mut Vec<Problem>) -> Result<Vec<u64>, ExportError> {
+pub fn write(
+    weights: &[Weight<'_>],
+    out: &mut WeightsWriter,
+    problems: &mut Vec<Problem>,
+) -> Result<Vec<u64>, ExportError> {
     let mut offsets = Vec::with_capacity(weights.len());
     for weight in weights {
         offsets.push(out.align()?);
-        let mut sink = Sink { weight, out: &mut *out, bytes: Vec::new(), bad: None, failed: None };
+        let mut sink = Sink {
+            weight,
+            out: &mut *out,
+            bytes: Vec::new(),
+            bad: None,
+            failed: None,
+        };
         match &weight.numbers {
             Numbers::Table(values) => sink.put(0, values),
             Numbers::Tensor(tensor, Layout::AsStored) => {
@@ -50,7 +60,10 @@ pub fn write(weights: &[Weight<'_>], out: &mut WeightsWriter, problems: &mut Vec
 }
 
 fn unreadable(weight: &Weight<'_>, source: CheckpointError) -> ExportError {
-    ExportError::Tensor { key: origin(weight).1, source }
+    ExportError::Tensor {
+        key: origin(weight).1,
+        source,
+    }
 }
 
 fn origin(weight: &Weight<'_>) -> (String, String) {
@@ -75,8 +88,14 @@ impl Sink<'_, '_> {
             self.check(offset + part * CHUNK as u64, values);
             self.bytes.clear();
             match self.weight.elem {
-                Elem::F16 => self.bytes.extend(values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes())),
-                _ => self.bytes.extend(values.iter().flat_map(|value| value.to_le_bytes())),
+                Elem::F16 => self.bytes.extend(
+                    values
+                        .iter()
+                        .flat_map(|&value| f16::from_f32(value).to_le_bytes()),
+                ),
+                _ => self
+                    .bytes
+                    .extend(values.iter().flat_map(|value| value.to_le_bytes())),
             }
             if self.failed.is_none() {
                 self.failed = self.out.write(&self.bytes).err();
@@ -89,9 +108,15 @@ impl Sink<'_, '_> {
             return;
         }
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-            self.bad = Some(format!("expected finite values, found {} at flat index {}", values[at], offset + at as u64));
+            self.bad = Some(format!(
+                "expected finite values, found {} at flat index {}",
+                values[at],
+                offset + at as u64
+            ));
         } else if self.weight.elem == Elem::F16
-            && let Some(at) = values.iter().position(|&value| value.abs() > f16::MAX.to_f32())
+            && let Some(at) = values
+                .iter()
+                .position(|&value| value.abs() > f16::MAX.to_f32())
         {
             let limit = f16::MAX;
             self.bad = Some(format!(
@@ -105,19 +130,29 @@ impl Sink<'_, '_> {
     fn put_turned(&mut self, tensor: &TensorRef<'_>) -> Result<(), ExportError> {
         let (rows, columns) = (self.weight.shape[1], self.weight.shape[0]);
         if rows * columns > MAX_TURNED {
-            self.bad = Some(format!("expected at most {MAX_TURNED} elements in a matrix that is turned, found {rows} x {columns}"));
+            self.bad = Some(format!(
+                "expected at most {MAX_TURNED} elements in a matrix that is turned, found {rows} x {columns}"
+            ));
             return Ok(());
         }
-        let stored = tensor.read_f32().map_err(|source| unreadable(self.weight, source))?;
+        let stored = tensor
+            .read_f32()
+            .map_err(|source| unreadable(self.weight, source))?;
         // Named by the checkpoint's own index, before the matrix is turned.
         self.check(0, &stored);
         if self.bad.is_some() {
             return Ok(());
         }
-        let turned = ndarray::ArrayView2::from_shape((index(rows), index(columns)), &stored).map(|matrix| turn(matrix));
+        let turned = ndarray::ArrayView2::from_shape((index(rows), index(columns)), &stored)
+            .map(|matrix| turn(matrix));
         match turned {
             Ok(values) => self.put(0, &values),
-            Err(error) => self.bad = Some(format!("expected {rows} x {columns} values, found {}: {error}", stored.len())),
+            Err(error) => {
+                self.bad = Some(format!(
+                    "expected {rows} x {columns} values, found {}: {error}",
+                    stored.len()
+                ))
+            }
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::time::Instant;
 
-use nalgebra::{Matrix4, Vector3};
+use nalgebra::{Matrix4, Rotation3, Vector3};
 use ndarray::Array3;
 use rtfmri::motion::{Realigner, Rigid};
 use rtfmri::{SeriesUid, Volume, VolumeHeader};
@@ -27,6 +27,18 @@ pub(crate) fn error_mm(truth: &Matrix4<f64>, found: &Matrix4<f64>, centre: Vecto
 
 pub(crate) fn to_matrix(rows: &Value) -> Matrix4<f64> {
     Matrix4::from_fn(|row, column| rows[row][column].as_f64().unwrap())
+}
+
+/// The motion of six parameters: `[tx, ty, tz]` mm, `[rx, ry, rz]` degrees, RAS.
+pub(crate) fn from_parameters(numbers: &Value, centre: Vector3<f64>) -> Matrix4<f64> {
+    let number = |index: usize| numbers[index].as_f64().unwrap();
+    let turn = Rotation3::from_euler_angles(
+        number(3).to_radians(),
+        number(4).to_radians(),
+        number(5).to_radians(),
+    );
+    let shift = Vector3::new(number(0), number(1), number(2)) + centre - turn * centre;
+    turn.to_homogeneous().append_translation(&shift)
 }
 
 pub(crate) fn to_vector(numbers: &Value) -> Vector3<f64> {

@@ -54,29 +54,43 @@ impl Vectors {
     /// [`GoldenError`] where it is there and cannot be used.
     pub fn read(dir: &Path, name: &str) -> Result<Option<Vectors>, GoldenError> {
         let path = dir.join(format!("io_{name}.safetensors"));
-        let error = |source| GoldenError::Read { path: path.clone(), source };
+        let error = |source| GoldenError::Read {
+            path: path.clone(),
+            source,
+        };
         let len = match fs::metadata(&path) {
             Ok(metadata) => metadata.len(),
             Err(missing) if missing.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(other) => return Err(error(other)),
         };
         if len > MAX_BYTES {
-            return Err(error(std::io::Error::other(format!("{len} bytes, expected at most {MAX_BYTES}"))));
+            return Err(error(std::io::Error::other(format!(
+                "{len} bytes, expected at most {MAX_BYTES}"
+            ))));
         }
         let bytes = fs::read(&path).map_err(error)?;
-        let tensors = SafeTensors::deserialize(&bytes).map_err(|source| GoldenError::Format { path: path.clone(), source })?;
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|source| GoldenError::Format {
+            path: path.clone(),
+            source,
+        })?;
         let (mut floats, mut ints) = (BTreeMap::new(), BTreeMap::new());
         for (name, view) in tensors.tensors() {
             match view.dtype() {
                 Dtype::F32 => {
-                    let values = view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                    let values = view
+                        .data()
+                        .chunks_exact(4)
+                        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                        .collect();
                     // The format guarantees that shape and data agree.
                     if let Ok(array) = ArrayD::from_shape_vec(IxDyn(view.shape()), values) {
                         floats.insert(name, array);
                     }
                 }
                 Dtype::I64 => {
-                    let value = |b: &[u8]| i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
+                    let value = |b: &[u8]| {
+                        i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])
+                    };
                     ints.insert(name, view.data().chunks_exact(8).map(value).collect());
                 }
                 _ => {}
@@ -104,7 +118,10 @@ impl Vectors {
     /// # Errors
     /// [`GoldenError::Missing`].
     pub fn ints(&self, name: &str) -> Result<&[i64], GoldenError> {
-        self.ints.get(name).map(Vec::as_slice).ok_or_else(|| self.missing(name))
+        self.ints
+            .get(name)
+            .map(Vec::as_slice)
+            .ok_or_else(|| self.missing(name))
     }
 
     /// Names of all float tensors.
@@ -113,6 +130,9 @@ impl Vectors {
     }
 
     fn missing(&self, name: &str) -> GoldenError {
-        GoldenError::Missing { path: self.path.clone(), tensor: name.into() }
+        GoldenError::Missing {
+            path: self.path.clone(),
+            tensor: name.into(),
+        }
     }
 }

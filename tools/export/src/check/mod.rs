@@ -87,18 +87,30 @@ pub enum CheckError {
 /// [`CheckError`] where it could not be made.
 pub fn run(options: &CheckOptions, out: &mut dyn Write) -> Result<bool, CheckError> {
     if !options.golden.is_dir() {
-        return Err(CheckError::NoFolder { path: options.golden.clone() });
+        return Err(CheckError::NoFolder {
+            path: options.golden.clone(),
+        });
     }
     let bundle = bundle::open(&options.bundle)?.verify_hashes()?;
     let library = decoder::runtime::find_library(options.onnxruntime.as_deref())?;
-    let parity = Parity { runtime: Runtime::load(&library, THREADS)?, golden: options.golden.clone(), bundle };
+    let parity = Parity {
+        runtime: Runtime::load(&library, THREADS)?,
+        golden: options.golden.clone(),
+        bundle,
+    };
     let report = parity.report()?;
-    let printed = |source| CheckError::Report { path: "standard output".into(), source };
+    let printed = |source| CheckError::Report {
+        path: "standard output".into(),
+        source,
+    };
     report.print(out).map_err(printed)?;
     if let Some(path) = &options.json {
         let mut bytes = serde_json::to_vec_pretty(&report)?;
         bytes.push(b'\n');
-        fs::write(path, bytes).map_err(|source| CheckError::Report { path: path.clone(), source })?;
+        fs::write(path, bytes).map_err(|source| CheckError::Report {
+            path: path.clone(),
+            source,
+        })?;
     }
     Ok(report.passed())
 }
@@ -133,7 +145,11 @@ impl Parity {
             Precision::Fp32 => "ONNX Runtime on the CPU, fp32",
             Precision::Fp16 => "ONNX Runtime on the CPU: fp16 weights, fp32 arithmetic",
         };
-        Ok(Report { precision: self.precision(), arithmetic: arithmetic.into(), rows })
+        Ok(Report {
+            precision: self.precision(),
+            arithmetic: arithmetic.into(),
+            rows,
+        })
     }
 
     fn precision(&self) -> Precision {
@@ -142,13 +158,20 @@ impl Parity {
 
     /// The variant, by the name of the checkpoint: the weights decide which vectors fit.
     fn variant(&self) -> Option<Variant> {
-        let source = self.bundle.manifest().sources.iter().find(|source| source.role == "mindeye")?;
+        let source = self
+            .bundle
+            .manifest()
+            .sources
+            .iter()
+            .find(|source| source.role == "mindeye")?;
         match source.file.as_str() {
             "last.pth" => Some(Variant::Main),
             "last_fp16.pth" => Some(Variant::Half),
             "last_legacy.pth" => Some(Variant::Legacy),
             "extra_seq2.pth" => Some(Variant::TwoTokens),
-            "control_ok.pth" | "valid_strided_view.pth" | "valid_deflated_zip.pth" => Some(Variant::Control),
+            "control_ok.pth" | "valid_strided_view.pth" | "valid_deflated_zip.pth" => {
+                Some(Variant::Control)
+            }
             _ => None,
         }
     }
@@ -165,15 +188,36 @@ impl Parity {
     }
 
     fn open(&self, name: &str, spec: &StageSpec) -> Result<Stage, CheckError> {
-        Stage::open(&self.runtime, &self.bundle, spec).map_err(|source| CheckError::Stage { stage: name.into(), source })
+        Stage::open(&self.runtime, &self.bundle, spec).map_err(|source| CheckError::Stage {
+            stage: name.into(),
+            source,
+        })
     }
 
     fn later_rows(&self) -> Rows {
         let later = [
-            "clip_convert", "git", "clip_vision", "retrieval", "text", "sdxl_cond", "unet_sdxl", "vae_sdxl", "refiner", "pipeline",
-            "blend", "resize", "lora_kohya_sgm", "lora_kohya_diffusers", "lora_peft", "schedulers",
+            "clip_convert",
+            "git",
+            "clip_vision",
+            "retrieval",
+            "text",
+            "sdxl_cond",
+            "unet_sdxl",
+            "vae_sdxl",
+            "refiner",
+            "pipeline",
+            "blend",
+            "resize",
+            "lora_kohya_sgm",
+            "lora_kohya_diffusers",
+            "lora_peft",
+            "schedulers",
         ];
         let present = |name: &&&str| self.golden.join(format!("io_{name}.safetensors")).is_file();
-        Ok(later.iter().filter(present).map(|name| Row::absent(name, "its stage is not exported yet")).collect())
+        Ok(later
+            .iter()
+            .filter(present)
+            .map(|name| Row::absent(name, "its stage is not exported yet"))
+            .collect())
     }
 }

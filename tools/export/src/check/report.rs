@@ -6,15 +6,17 @@ use ndarray::ArrayViewD;
 use serde::Serialize;
 
 /// Smallest cosine that an fp16 bundle may have with the reference.
-pub const HALF_COSINE: f64 = 0.9995;
+const HALF_COSINE: f64 = 0.9995;
 /// Smallest peak signal-to-noise ratio of an fp16 bundle's pictures, in dB.
-pub const HALF_PSNR_DB: f64 = 35.0;
+const HALF_PSNR_DB: f64 = 35.0;
 
 /// How near a result must be to its reference.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Tolerance {
     /// Every value equal.
     Exact,
+    /// Largest difference as a share of the expected value, in every precision.
+    Relative(f64),
     /// Largest difference in fp32; cosine in fp16.
     Close(f64),
     /// Like `Close`, for pictures in 0..1: in fp16 the signal-to-noise ratio decides.
@@ -83,10 +85,18 @@ impl Row {
         tolerance: Tolerance,
         precision: bundle::Precision,
     ) -> Row {
-        let mut row = Row { quantity: quantity.into(), note: String::new(), ..Row::absent(vectors, "") };
+        let mut row = Row {
+            quantity: quantity.into(),
+            note: String::new(),
+            ..Row::absent(vectors, "")
+        };
         if found.shape() != expected.shape() {
             row.verdict = Verdict::Fail;
-            row.note = format!("expected shape {:?}, found {:?}", expected.shape(), found.shape());
+            row.note = format!(
+                "expected shape {:?}, found {:?}",
+                expected.shape(),
+                found.shape()
+            );
             return row;
         }
         let distance = Distance::between(found, expected);
@@ -97,6 +107,11 @@ impl Row {
             Tolerance::Exact => {
                 row.tolerance = Some(0.0);
                 distance.max_error == 0.0
+            }
+            Tolerance::Relative(limit) => {
+                row.max_error = Some(distance.max_relative);
+                row.tolerance = Some(limit);
+                distance.max_relative <= limit
             }
             Tolerance::Close(_) if half => distance.cosine >= HALF_COSINE,
             Tolerance::Picture(_) if half => {
@@ -132,28 +147,57 @@ impl Row {
 
 struct Distance {
     max_error: f64,
+    max_relative: f64,
     cosine: f64,
     psnr_db: f64,
 }
 
 impl Distance {
-    #[expect(clippy::cast_precision_loss, reason = "counts of values are far below 2^53")]
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "counts of values are far below 2^53"
+    )]
     fn between(found: ArrayViewD<'_, f32>, expected: ArrayViewD<'_, f32>) -> Distance {
-        let (mut largest, mut squares, mut dot, mut norm_found, mut norm_expected) = (0.0_f64, 0.0, 0.0, 0.0, 0.0);
+        let mut relative = 0.0_f64;
+        let (mut largest, mut squares, mut dot, mut norm_found, mut norm_expected) =
+            (0.0_f64, 0.0, 0.0, 0.0, 0.0);
         for (&found, &expected) in found.iter().zip(expected.iter()) {
             let (found, expected) = (f64::from(found), f64::from(expected));
             let error = (found - expected).abs();
             // NaN is as far away as can be.
-            largest = if error.is_nan() { f64::INFINITY } else { largest.max(error) };
+            largest = if error.is_nan() {
+                f64::INFINITY
+            } else {
+                largest.max(error)
+            };
+            let share = if error == 0.0 {
+                0.0
+            } else {
+                error / expected.abs()
+            };
+            relative = if share.is_nan() {
+                f64::INFINITY
+            } else {
+                relative.max(share)
+            };
             squares += error * error;
             dot += found * expected;
             norm_found += found * found;
             norm_expected += expected * expected;
         }
         let norms = (norm_found * norm_expected).sqrt();
-        let cosine = if norms > 0.0 { dot / norms } else { f64::from(u8::from(norm_found == norm_expected)) };
+        let cosine = if norms > 0.0 {
+            dot / norms
+        } else {
+            f64::from(u8::from(norm_found == norm_expected))
+        };
         let mean_square = squares / expected.len().max(1) as f64;
-        Distance { max_error: largest, cosine, psnr_db: -10.0 * mean_square.log10() }
+        Distance {
+            max_error: largest,
+            max_relative: relative,
+            cosine,
+            psnr_db: -10.0 * mean_square.log10(),
+        }
     }
 }
 
@@ -188,7 +232,11 @@ impl Report {
             "vectors", "quantity", "max error", "tolerance", "cosine", "PSNR dB", "ms"
         )?;
         let number = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.1e}"));
-        for row in self.rows.iter().filter(|row| row.verdict != Verdict::NotInThisBundle) {
+        for row in self
+            .rows
+            .iter()
+            .filter(|row| row.verdict != Verdict::NotInThisBundle)
+        {
             writeln!(
                 out,
                 "{:<16} {:<20} {:>10} {:>10} {:>11} {:>8} {:>9}  {}{}{}",
@@ -196,18 +244,33 @@ impl Report {
                 row.quantity,
                 number(row.max_error),
                 number(row.tolerance),
-                row.cosine.map_or("-".into(), |cosine| format!("{cosine:.8}")),
+                row.cosine
+                    .map_or("-".into(), |cosine| format!("{cosine:.8}")),
                 row.psnr_db.map_or("-".into(), |psnr| format!("{psnr:.1}")),
-                row.milliseconds.map_or("-".into(), |time| format!("{time:.1}")),
-                if row.verdict == Verdict::Ok { "ok" } else { "OUT OF TOLERANCE" },
+                row.milliseconds
+                    .map_or("-".into(), |time| format!("{time:.1}")),
+                if row.verdict == Verdict::Ok {
+                    "ok"
+                } else {
+                    "OUT OF TOLERANCE"
+                },
                 if row.note.is_empty() { "" } else { ": " },
                 row.note
             )?;
         }
-        for row in self.rows.iter().filter(|row| row.verdict == Verdict::NotInThisBundle) {
+        for row in self
+            .rows
+            .iter()
+            .filter(|row| row.verdict == Verdict::NotInThisBundle)
+        {
             writeln!(out, "{:<16} not in this bundle: {}", row.vectors, row.note)?;
         }
-        let count = |verdict| self.rows.iter().filter(|row| row.verdict == verdict).count();
+        let count = |verdict| {
+            self.rows
+                .iter()
+                .filter(|row| row.verdict == verdict)
+                .count()
+        };
         writeln!(
             out,
             "{} compared, {} out of tolerance, {} not in this bundle",
@@ -226,10 +289,25 @@ mod tests {
 
     #[test]
     fn nan_is_out_of_every_tolerance() {
-        let (found, expected) = (array![1.0, f32::NAN].into_dyn(), array![1.0_f32, 2.0].into_dyn());
+        let (found, expected) = (
+            array![1.0, f32::NAN].into_dyn(),
+            array![1.0_f32, 2.0].into_dyn(),
+        );
         for precision in [Precision::Fp32, Precision::Fp16] {
-            for tolerance in [Tolerance::Exact, Tolerance::Close(1e9), Tolerance::Picture(1e9)] {
-                let row = Row::compare("v", "q", found.view(), expected.view(), tolerance, precision);
+            for tolerance in [
+                Tolerance::Exact,
+                Tolerance::Relative(1e9),
+                Tolerance::Close(1e9),
+                Tolerance::Picture(1e9),
+            ] {
+                let row = Row::compare(
+                    "v",
+                    "q",
+                    found.view(),
+                    expected.view(),
+                    tolerance,
+                    precision,
+                );
                 assert_eq!(row.verdict, Verdict::Fail, "{precision} {tolerance:?}");
             }
         }
@@ -238,13 +316,27 @@ mod tests {
     #[test]
     fn report_of_nothing_compared_does_not_pass() {
         let rows = vec![Row::absent("legacy", "other checkpoint")];
-        assert!(!Report { precision: Precision::Fp32, arithmetic: String::new(), rows }.passed());
+        assert!(
+            !Report {
+                precision: Precision::Fp32,
+                arithmetic: String::new(),
+                rows
+            }
+            .passed()
+        );
     }
 
     #[test]
     fn other_shape_fails_and_is_named() {
         let (found, expected) = (array![1.0_f32].into_dyn(), array![[1.0_f32]].into_dyn());
-        let row = Row::compare("v", "q", found.view(), expected.view(), Tolerance::Close(1.0), Precision::Fp32);
+        let row = Row::compare(
+            "v",
+            "q",
+            found.view(),
+            expected.view(),
+            Tolerance::Close(1.0),
+            Precision::Fp32,
+        );
         assert_eq!(row.verdict, Verdict::Fail);
         assert!(row.note.contains("[1, 1]") && row.note.contains("[1]"));
     }

@@ -124,7 +124,9 @@ pub enum CheckpointError {
         problems: Vec<String>,
     },
     /// The checksum of an entry does not match.
-    #[error("{entry}: expected CRC-32 {expected:08x}, found {found:08x}: the file is damaged, fetch it again")]
+    #[error(
+        "{entry}: expected CRC-32 {expected:08x}, found {found:08x}: the file is damaged, fetch it again"
+    )]
     Crc {
         /// Entry of the archive.
         entry: String,
@@ -204,11 +206,15 @@ impl Entry {
 
     fn contiguous(&self) -> bool {
         let mut expected = 1;
-        self.shape.iter().zip(&self.strides).rev().all(|(&len, &stride)| {
-            let fits = len == 1 || stride == expected;
-            expected *= len;
-            fits
-        })
+        self.shape
+            .iter()
+            .zip(&self.strides)
+            .rev()
+            .all(|(&len, &stride)| {
+                let fits = len == 1 || stride == expected;
+                expected *= len;
+                fits
+            })
     }
 }
 
@@ -242,8 +248,21 @@ impl Checkpoint {
             Container::TorchLegacy => torch::read_legacy(&file, len)?,
             Container::Safetensors => safetensors::read(&file, len)?,
         };
-        let Contents { container, storages, sections, top } = contents;
-        Ok(Checkpoint { path: path.to_owned(), file, container, storages, sections, top, checked: Mutex::default() })
+        let Contents {
+            container,
+            storages,
+            sections,
+            top,
+        } = contents;
+        Ok(Checkpoint {
+            path: path.to_owned(),
+            file,
+            container,
+            storages,
+            sections,
+            top,
+            checked: Mutex::default(),
+        })
     }
 
     /// The kind of file.
@@ -260,7 +279,9 @@ impl Checkpoint {
 
     /// Sections that hold tensors, with the number of tensors; the empty name is the top itself.
     pub fn sections(&self) -> impl Iterator<Item = (&str, usize)> {
-        self.sections.iter().map(|(name, tensors)| (name.as_str(), tensors.len()))
+        self.sections
+            .iter()
+            .map(|(name, tensors)| (name.as_str(), tensors.len()))
     }
 
     /// The tensors below one key at the top, by their key below it.
@@ -272,8 +293,15 @@ impl Checkpoint {
             return Ok(self.tensors(name));
         }
         let top: Vec<&str> = self.top.iter().take(12).map(String::as_str).collect();
-        let found = if top.is_empty() { "none".into() } else { top.join(", ") };
-        Err(CheckpointError::Section { wanted: name.into(), found })
+        let found = if top.is_empty() {
+            "none".into()
+        } else {
+            top.join(", ")
+        };
+        Err(CheckpointError::Section {
+            wanted: name.into(),
+            found,
+        })
     }
 
     /// The tensors at the top of the file, by key.
@@ -284,7 +312,18 @@ impl Checkpoint {
 
     fn tensors(&self, section: &str) -> Vec<(String, TensorRef<'_>)> {
         let entries = self.sections.get(section).into_iter().flatten();
-        entries.map(|(name, entry)| (name.clone(), TensorRef { checkpoint: self, name, entry })).collect()
+        entries
+            .map(|(name, entry)| {
+                (
+                    name.clone(),
+                    TensorRef {
+                        checkpoint: self,
+                        name,
+                        entry,
+                    },
+                )
+            })
+            .collect()
     }
 }
 
@@ -297,7 +336,11 @@ struct Contents {
 }
 
 fn sniff(head: &[u8], len: u64) -> Result<Container, CheckpointError> {
-    let refuse = |found: &str| Err(CheckpointError::Container { found: found.into() });
+    let refuse = |found: &str| {
+        Err(CheckpointError::Container {
+            found: found.into(),
+        })
+    };
     let text = String::from_utf8_lossy(head);
     let lower = text.trim_start().to_ascii_lowercase();
     if len == 0 {
@@ -337,7 +380,11 @@ pub struct TensorRef<'c> {
 
 impl fmt::Debug for TensorRef<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} {:?}", self.name, self.entry.dtype, self.entry.shape)
+        write!(
+            f,
+            "{} {} {:?}",
+            self.name, self.entry.dtype, self.entry.shape
+        )
     }
 }
 
@@ -351,7 +398,12 @@ impl TensorRef<'_> {
     /// Name of the checkpoint's file, without its folder.
     #[must_use]
     pub fn file_name(&self) -> String {
-        self.checkpoint.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        self.checkpoint
+            .path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
     }
 
     /// Element type in the file.
@@ -379,7 +431,11 @@ impl TensorRef<'_> {
     pub fn read_f32(&self) -> Result<Vec<f32>, CheckpointError> {
         let found = self.elements().saturating_mul(4);
         if found > MAX_HELD_BYTES {
-            return Err(CheckpointError::TooLarge { name: self.name.into(), limit: MAX_HELD_BYTES, found });
+            return Err(CheckpointError::TooLarge {
+                name: self.name.into(),
+                limit: MAX_HELD_BYTES,
+                found,
+            });
         }
         let mut values = Vec::with_capacity(usize::try_from(self.elements()).unwrap_or(0));
         self.for_each_f32_chunk(|_, chunk| {
@@ -412,29 +468,50 @@ impl TensorRef<'_> {
             let start = self.entry.offset * size;
             let mut values = Vec::with_capacity(BLOCK_BYTES / 2);
             let mut done = 0;
-            return self.checkpoint.stream(self.entry.storage, start, self.entry.elements() * size, whole, |bytes| {
-                values.clear();
-                convert(self.entry.dtype, bytes, &mut values);
-                consume(done, &values)?;
-                done += values.len() as u64;
-                Ok(())
-            });
+            return self.checkpoint.stream(
+                self.entry.storage,
+                start,
+                self.entry.elements() * size,
+                whole,
+                |bytes| {
+                    values.clear();
+                    convert(self.entry.dtype, bytes, &mut values);
+                    consume(done, &values)?;
+                    done += values.len() as u64;
+                    Ok(())
+                },
+            );
         }
         let held = self.checkpoint.hold(self.entry.storage, self.name)?;
         self.gather(&held, consume)
     }
 
     /// Numbers of a strided view, row-major.
-    fn gather(&self, held: &[u8], mut consume: impl FnMut(u64, &[f32]) -> Result<(), CheckpointError>) -> Result<(), CheckpointError> {
+    fn gather(
+        &self,
+        held: &[u8],
+        mut consume: impl FnMut(u64, &[f32]) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
         let size = usize::try_from(self.entry.dtype.len_bytes()).unwrap_or(8);
         let mut at = vec![0_u64; self.entry.shape.len()];
         let mut values = Vec::with_capacity(BLOCK_BYTES / 4);
         let mut done = 0;
         for _ in 0..self.entry.elements() {
-            let element = self.entry.offset + at.iter().zip(&self.entry.strides).map(|(i, stride)| i * stride).sum::<u64>();
+            let element = self.entry.offset
+                + at.iter()
+                    .zip(&self.entry.strides)
+                    .map(|(i, stride)| i * stride)
+                    .sum::<u64>();
             // Opening compared the farthest element with the storage.
-            let start = usize::try_from(element).unwrap_or(usize::MAX).saturating_mul(size);
-            convert(self.entry.dtype, held.get(start..start.saturating_add(size)).unwrap_or_default(), &mut values);
+            let start = usize::try_from(element)
+                .unwrap_or(usize::MAX)
+                .saturating_mul(size);
+            convert(
+                self.entry.dtype,
+                held.get(start..start.saturating_add(size))
+                    .unwrap_or_default(),
+                &mut values,
+            );
             if values.len() == BLOCK_BYTES / 4 {
                 consume(done, &values)?;
                 done += values.len() as u64;
@@ -448,7 +525,11 @@ impl TensorRef<'_> {
                 *index = 0;
             }
         }
-        if values.is_empty() { Ok(()) } else { consume(done, &values) }
+        if values.is_empty() {
+            Ok(())
+        } else {
+            consume(done, &values)
+        }
     }
 }
 
@@ -467,23 +548,37 @@ impl Checkpoint {
         let mut crc = flate2::Crc::new();
         let mut done = 0;
         while done < len_bytes {
-            let len = usize::try_from(len_bytes - done).unwrap_or(BLOCK_BYTES).min(BLOCK_BYTES);
-            self.file.read_exact_at(&mut block[..len], place.offset + start + done)?;
+            let len = usize::try_from(len_bytes - done)
+                .unwrap_or(BLOCK_BYTES)
+                .min(BLOCK_BYTES);
+            self.file
+                .read_exact_at(&mut block[..len], place.offset + start + done)?;
             if whole && place.crc.is_some() {
                 crc.update(&block[..len]);
             }
             consume(&block[..len])?;
             done += len as u64;
         }
-        if whole { self.compare(storage, crc.sum()) } else { Ok(()) }
+        if whole {
+            self.compare(storage, crc.sum())
+        } else {
+            Ok(())
+        }
     }
 
     fn compare(&self, storage: usize, found: u32) -> Result<(), CheckpointError> {
         let place = &self.storages[storage];
         match place.crc {
-            Some(expected) if expected != found => Err(CheckpointError::Crc { entry: place.entry.clone(), expected, found }),
+            Some(expected) if expected != found => Err(CheckpointError::Crc {
+                entry: place.entry.clone(),
+                expected,
+                found,
+            }),
             _ => {
-                self.checked.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(storage);
+                self.checked
+                    .lock()
+                    .unwrap_or_else(std::sync::PoisonError::into_inner)
+                    .insert(storage);
                 Ok(())
             }
         }
@@ -492,7 +587,11 @@ impl Checkpoint {
     /// Compares a storage's checksum, once.
     fn verify(&self, storage: usize) -> Result<(), CheckpointError> {
         let place = &self.storages[storage];
-        let known = self.checked.lock().unwrap_or_else(std::sync::PoisonError::into_inner).contains(&storage);
+        let known = self
+            .checked
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .contains(&storage);
         if known || place.crc.is_none() {
             return Ok(());
         }
@@ -504,22 +603,32 @@ impl Checkpoint {
         let place = &self.storages[storage];
         let largest = place.len_bytes.max(place.packed.unwrap_or(0));
         if largest > MAX_HELD_BYTES {
-            return Err(CheckpointError::TooLarge { name: name.into(), limit: MAX_HELD_BYTES, found: largest });
+            return Err(CheckpointError::TooLarge {
+                name: name.into(),
+                limit: MAX_HELD_BYTES,
+                found: largest,
+            });
         }
-        let in_file = usize::try_from(place.packed.unwrap_or(place.len_bytes)).unwrap_or(usize::MAX);
+        let in_file =
+            usize::try_from(place.packed.unwrap_or(place.len_bytes)).unwrap_or(usize::MAX);
         let mut raw = vec![0; in_file];
         self.file.read_exact_at(&mut raw, place.offset)?;
         let bytes = match place.packed {
             None => raw,
             Some(_) => {
                 let mut bytes = Vec::new();
-                flate2::read::DeflateDecoder::new(raw.as_slice()).take(place.len_bytes + 1).read_to_end(&mut bytes)?;
+                flate2::read::DeflateDecoder::new(raw.as_slice())
+                    .take(place.len_bytes + 1)
+                    .read_to_end(&mut bytes)?;
                 bytes
             }
         };
         if bytes.len() as u64 != place.len_bytes {
             let problem = format!("expected {} bytes, found {}", place.len_bytes, bytes.len());
-            return Err(CheckpointError::Entry { entry: place.entry.clone(), problem });
+            return Err(CheckpointError::Entry {
+                entry: place.entry.clone(),
+                problem,
+            });
         }
         let mut crc = flate2::Crc::new();
         crc.update(&bytes);
@@ -529,7 +638,11 @@ impl Checkpoint {
 }
 
 /// Appends little-endian numbers of one type as fp32; integers are exact up to 2^24.
-#[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "the target is single precision")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    reason = "the target is single precision"
+)]
 fn convert(dtype: TensorDType, bytes: &[u8], values: &mut Vec<f32>) {
     fn each<const N: usize>(bytes: &[u8], values: &mut Vec<f32>, number: impl Fn([u8; N]) -> f32) {
         let (chunks, _) = bytes.as_chunks::<N>();

@@ -68,7 +68,9 @@ pub(super) struct TensorValue {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PickleError {
     /// A class or function outside the list.
-    #[error("byte {offset}: the pickle asks for {module}.{name}, which no MindEye2 checkpoint needs: refused, nothing was executed")]
+    #[error(
+        "byte {offset}: the pickle asks for {module}.{name}, which no MindEye2 checkpoint needs: refused, nothing was executed"
+    )]
     Global {
         /// Offset in the pickle.
         offset: usize,
@@ -139,9 +141,20 @@ impl Pickled {
 
 /// Reads one pickle from the front of `bytes`.
 pub(super) fn read(bytes: &[u8]) -> Result<Pickled, PickleError> {
-    let mut machine = Machine { bytes, at: 0, opcode_at: 0, values: Vec::new(), stack: Vec::new(), memo: HashMap::new() };
+    let mut machine = Machine {
+        bytes,
+        at: 0,
+        opcode_at: 0,
+        values: Vec::new(),
+        stack: Vec::new(),
+        memo: HashMap::new(),
+    };
     let root = machine.run()?;
-    Ok(Pickled { root, len_bytes: machine.at, values: machine.values })
+    Ok(Pickled {
+        root,
+        len_bytes: machine.at,
+        values: machine.values,
+    })
 }
 
 struct Machine<'b> {
@@ -157,12 +170,22 @@ type Step<T> = Result<T, PickleError>;
 
 impl Machine<'_> {
     fn malformed<T>(&self, expected: &'static str) -> Step<T> {
-        Err(PickleError::Malformed { offset: self.opcode_at, expected })
+        Err(PickleError::Malformed {
+            offset: self.opcode_at,
+            expected,
+        })
     }
 
     fn take(&mut self, len: usize) -> Step<&[u8]> {
-        let end = self.at.checked_add(len).filter(|&end| end <= self.bytes.len());
-        let Some(end) = end else { return Err(PickleError::Truncated { offset: self.bytes.len() }) };
+        let end = self
+            .at
+            .checked_add(len)
+            .filter(|&end| end <= self.bytes.len());
+        let Some(end) = end else {
+            return Err(PickleError::Truncated {
+                offset: self.bytes.len(),
+            });
+        };
         let taken = &self.bytes[self.at..end];
         self.at = end;
         Ok(taken)
@@ -174,7 +197,11 @@ impl Machine<'_> {
 
     /// A little-endian number of up to eight bytes.
     fn number(&mut self, len: usize) -> Step<u64> {
-        Ok(self.take(len)?.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)))
+        Ok(self
+            .take(len)?
+            .iter()
+            .rev()
+            .fold(0, |value, &byte| value << 8 | u64::from(byte)))
     }
 
     fn len(&mut self, width: usize) -> Step<usize> {
@@ -186,7 +213,9 @@ impl Machine<'_> {
     fn line(&mut self) -> Step<String> {
         let rest = &self.bytes[self.at..];
         let Some(len) = rest.iter().take(4096).position(|&byte| byte == b'\n') else {
-            return Err(PickleError::Truncated { offset: self.bytes.len() });
+            return Err(PickleError::Truncated {
+                offset: self.bytes.len(),
+            });
         };
         let text = String::from_utf8_lossy(&rest[..len]).into_owned();
         self.at += len + 1;
@@ -195,7 +224,9 @@ impl Machine<'_> {
 
     fn push(&mut self, value: Value) -> Step<Id> {
         if self.values.len() >= MAX_VALUES {
-            return Err(PickleError::TooMany { offset: self.opcode_at });
+            return Err(PickleError::TooMany {
+                offset: self.opcode_at,
+            });
         }
         self.values.push(value);
         self.stack.push(self.values.len() - 1);
@@ -218,7 +249,11 @@ impl Machine<'_> {
 
     /// Everything above the last mark, which goes too.
     fn pop_mark(&mut self) -> Step<Vec<Id>> {
-        let Some(mark) = self.stack.iter().rposition(|&id| self.values[id] == Value::Mark) else {
+        let Some(mark) = self
+            .stack
+            .iter()
+            .rposition(|&id| self.values[id] == Value::Mark)
+        else {
             return self.malformed("a mark on the stack");
         };
         let above = self.stack.split_off(mark + 1);
@@ -285,7 +320,8 @@ impl Machine<'_> {
                 }
                 b'K' | b'M' => {
                     let value = self.number(if opcode == b'K' { 1 } else { 2 })?;
-                    self.push(Value::Int(i64::try_from(value).unwrap_or(i64::MAX))).map(drop)?;
+                    self.push(Value::Int(i64::try_from(value).unwrap_or(i64::MAX)))
+                        .map(drop)?;
                 }
                 0x8a | 0x8b => self.long(if opcode == 0x8a { 1 } else { 4 })?,
                 b'G' => {
@@ -381,7 +417,12 @@ impl Machine<'_> {
                 }
                 // State of an object: dictionaries keep their items, the rest is of no use.
                 b'b' => self.pop().map(drop)?,
-                _ => return Err(PickleError::Opcode { offset: self.opcode_at, opcode }),
+                _ => {
+                    return Err(PickleError::Opcode {
+                        offset: self.opcode_at,
+                        opcode,
+                    });
+                }
             }
         }
     }
@@ -451,11 +492,22 @@ impl Machine<'_> {
             ("torch.optim.lr_scheduler", "OneCycleLR") => Global::OneCycleLr,
             ("__builtin__" | "builtins", "getattr") => Global::Getattr,
             ("__builtin__" | "builtins", "set" | "frozenset" | "complex" | "slice")
-            | ("torch", "Size" | "device" | "float32" | "float16" | "bfloat16" | "float64" | "int64")
+            | (
+                "torch",
+                "Size" | "device" | "float32" | "float16" | "bfloat16" | "float64" | "int64",
+            )
             | ("_codecs", "encode")
             | ("numpy", "dtype" | "ndarray")
-            | ("numpy.core.multiarray" | "numpy._core.multiarray", "scalar" | "_reconstruct") => Global::Inert,
-            _ => return Err(PickleError::Global { offset: self.opcode_at, module, name }),
+            | ("numpy.core.multiarray" | "numpy._core.multiarray", "scalar" | "_reconstruct") => {
+                Global::Inert
+            }
+            _ => {
+                return Err(PickleError::Global {
+                    offset: self.opcode_at,
+                    module,
+                    name,
+                });
+            }
         };
         self.push(Value::Global(known)).map(drop)
     }
@@ -469,16 +521,19 @@ impl Machine<'_> {
         let result = match &self.values[function] {
             Value::Global(Global::OrderedDict) if arguments.is_empty() => Value::Dict(Vec::new()),
             Value::Global(Global::RebuildTensor) => self.tensor(&arguments)?,
-            Value::Global(Global::RebuildParameter) => match arguments.first().map(|&id| &self.values[id]) {
-                Some(Value::Tensor(tensor)) => Value::Tensor(tensor.clone()),
-                _ => return self.malformed("a tensor as a parameter"),
-            },
+            Value::Global(Global::RebuildParameter) => {
+                match arguments.first().map(|&id| &self.values[id]) {
+                    Some(Value::Tensor(tensor)) => Value::Tensor(tensor.clone()),
+                    _ => return self.malformed("a tensor as a parameter"),
+                }
+            }
             Value::Global(Global::Getattr) => match arguments.first().map(|&id| &self.values[id]) {
                 Some(Value::Global(Global::OneCycleLr)) if arguments.len() == 2 => Value::Opaque,
                 _ => {
                     return Err(PickleError::Call {
                         offset: self.opcode_at,
-                        what: "getattr on something else than torch.optim.lr_scheduler.OneCycleLR".into(),
+                        what: "getattr on something else than torch.optim.lr_scheduler.OneCycleLR"
+                            .into(),
                     });
                 }
             },
@@ -488,7 +543,10 @@ impl Machine<'_> {
                     Value::Global(global) => format!("{global:?}"),
                     _ => "a value that is no function".into(),
                 };
-                return Err(PickleError::Call { offset: self.opcode_at, what });
+                return Err(PickleError::Call {
+                    offset: self.opcode_at,
+                    what,
+                });
             }
         };
         self.push(result).map(drop)
@@ -507,19 +565,28 @@ impl Machine<'_> {
         if shape.len() != strides.len() {
             return self.malformed("as many strides as axes");
         }
-        Ok(Value::Tensor(TensorValue { storage: storage.clone(), offset, shape, strides }))
+        Ok(Value::Tensor(TensorValue {
+            storage: storage.clone(),
+            offset,
+            shape,
+            strides,
+        }))
     }
 
     fn lens(&self, id: Id) -> Step<Vec<u64>> {
         match &self.values[id] {
-            Value::Tuple(items) if items.len() <= 16 => items.iter().map(|&item| self.len_of(item)).collect(),
+            Value::Tuple(items) if items.len() <= 16 => {
+                items.iter().map(|&item| self.len_of(item)).collect()
+            }
             _ => self.malformed("a tuple of at most 16 lengths"),
         }
     }
 
     fn len_of(&self, id: Id) -> Step<u64> {
         match self.values[id] {
-            Value::Int(value) => u64::try_from(value).or_else(|_| self.malformed("a length of at least 0")),
+            Value::Int(value) => {
+                u64::try_from(value).or_else(|_| self.malformed("a length of at least 0"))
+            }
             _ => self.malformed("a whole number"),
         }
     }
@@ -527,16 +594,35 @@ impl Machine<'_> {
     /// `('storage', type, key, location, elements)`.
     fn persistent(&mut self) -> Step<()> {
         let id = self.pop()?;
-        let Value::Tuple(items) = &self.values[id] else { return self.malformed("a storage reference") };
-        let parts: Vec<&Value> = items.iter().take(5).map(|&item| &self.values[item]).collect();
-        let [Value::Text(tag), Value::Global(Global::Storage(dtype)), Value::Text(key), _, Value::Int(elements)] = parts.as_slice() else {
+        let Value::Tuple(items) = &self.values[id] else {
+            return self.malformed("a storage reference");
+        };
+        let parts: Vec<&Value> = items
+            .iter()
+            .take(5)
+            .map(|&item| &self.values[item])
+            .collect();
+        let [
+            Value::Text(tag),
+            Value::Global(Global::Storage(dtype)),
+            Value::Text(key),
+            _,
+            Value::Int(elements),
+        ] = parts.as_slice()
+        else {
             return self.malformed("a storage reference of tag, type, key, location and length");
         };
         if tag != "storage" || key.len() > 64 {
             return self.malformed("the tag 'storage' and a key of at most 64 characters");
         }
-        let Ok(elements) = u64::try_from(*elements) else { return self.malformed("a storage of at least 0 elements") };
-        let storage = StorageRef { dtype: *dtype, key: key.clone(), elements };
+        let Ok(elements) = u64::try_from(*elements) else {
+            return self.malformed("a storage of at least 0 elements");
+        };
+        let storage = StorageRef {
+            dtype: *dtype,
+            key: key.clone(),
+            elements,
+        };
         self.push(Value::Storage(storage)).map(drop)
     }
 }

@@ -49,19 +49,23 @@ impl<'de> Deserialize<'de> for Header {
 
 /// Reads and checks the header.
 pub(super) fn read(file: &File, len: u64) -> Result<Contents, CheckpointError> {
-    let refuse = |problem: String| CheckpointError::Header { problems: vec![problem] };
+    let refuse = |problem: String| CheckpointError::Header {
+        problems: vec![problem],
+    };
     let mut prefix = [0; 8];
     file.read_exact_at(&mut prefix, 0)?;
     let header_len = u64::from_le_bytes(prefix);
     let room = len.saturating_sub(8);
     if header_len > MAX_HEADER_BYTES || header_len > room {
         let limit = MAX_HEADER_BYTES.min(room);
-        return Err(refuse(format!("expected a header of at most {limit} bytes, found a length of {header_len}")));
+        return Err(refuse(format!(
+            "expected a header of at most {limit} bytes, found a length of {header_len}"
+        )));
     }
     let mut bytes = vec![0; usize::try_from(header_len).unwrap_or(0)];
     file.read_exact_at(&mut bytes, 8)?;
-    let Header(entries) =
-        serde_json::from_slice(&bytes).map_err(|error| refuse(format!("expected a JSON object, found: {error}")))?;
+    let Header(entries) = serde_json::from_slice(&bytes)
+        .map_err(|error| refuse(format!("expected a JSON object, found: {error}")))?;
     let data_len = room - header_len;
     let mut problems = Vec::new();
     let mut tensors = BTreeMap::new();
@@ -73,8 +77,20 @@ pub(super) fn read(file: &File, len: u64) -> Result<Contents, CheckpointError> {
         match entry(&json, data_len) {
             Ok((dtype, shape, [begin, end])) => {
                 let (offset, strides) = (8 + header_len + begin, contiguous(&shape));
-                storages.push(Storage { entry: name.clone(), offset, len_bytes: end - begin, packed: None, crc: None });
-                let entry = Entry { dtype, shape, strides, offset: 0, storage: storages.len() - 1 };
+                storages.push(Storage {
+                    entry: name.clone(),
+                    offset,
+                    len_bytes: end - begin,
+                    packed: None,
+                    crc: None,
+                });
+                let entry = Entry {
+                    dtype,
+                    shape,
+                    strides,
+                    offset: 0,
+                    storage: storages.len() - 1,
+                };
                 if tensors.insert(name.clone(), entry).is_some() {
                     problems.push(format!("{name}: expected each name once, found it twice"));
                 }
@@ -89,11 +105,20 @@ pub(super) fn read(file: &File, len: u64) -> Result<Contents, CheckpointError> {
         return Err(CheckpointError::Header { problems });
     }
     let top = tensors.keys().cloned().collect();
-    Ok(Contents { container: Container::Safetensors, storages, sections: BTreeMap::from([(String::new(), tensors)]), top })
+    Ok(Contents {
+        container: Container::Safetensors,
+        storages,
+        sections: BTreeMap::from([(String::new(), tensors)]),
+        top,
+    })
 }
 
-fn entry(json: &serde_json::Value, data_len: u64) -> Result<(TensorDType, Vec<u64>, [u64; 2]), String> {
-    let described = Described::deserialize(json).map_err(|error| format!("expected dtype, shape and data_offsets: {error}"))?;
+fn entry(
+    json: &serde_json::Value,
+    data_len: u64,
+) -> Result<(TensorDType, Vec<u64>, [u64; 2]), String> {
+    let described = Described::deserialize(json)
+        .map_err(|error| format!("expected dtype, shape and data_offsets: {error}"))?;
     let dtype = match described.dtype.as_str() {
         "F16" => TensorDType::F16,
         "BF16" => TensorDType::BF16,
@@ -109,11 +134,21 @@ fn entry(json: &serde_json::Value, data_len: u64) -> Result<(TensorDType, Vec<u6
     };
     let [begin, end] = described.data_offsets;
     if begin > end || end > data_len {
-        return Err(format!("expected data_offsets within 0..={data_len}, found {begin}..{end}"));
+        return Err(format!(
+            "expected data_offsets within 0..={data_len}, found {begin}..{end}"
+        ));
     }
-    let size = described.shape.iter().try_fold(dtype.len_bytes(), |size, &len| size.checked_mul(len));
+    let size = described
+        .shape
+        .iter()
+        .try_fold(dtype.len_bytes(), |size, &len| size.checked_mul(len));
     if size != Some(end - begin) {
-        return Err(format!("expected {} bytes for {dtype} {:?}, found {}", size.map_or("countless".into(), |size| size.to_string()), described.shape, end - begin));
+        return Err(format!(
+            "expected {} bytes for {dtype} {:?}, found {}",
+            size.map_or("countless".into(), |size| size.to_string()),
+            described.shape,
+            end - begin
+        ));
     }
     Ok((dtype, described.shape, [begin, end]))
 }
@@ -134,13 +169,22 @@ fn uncovered(storages: &[Storage], start: u64, end: u64) -> Vec<String> {
     let mut problems = Vec::new();
     for storage in order {
         if storage.offset != at {
-            let what = if storage.offset < at { "an overlap" } else { "a hole" };
-            problems.push(format!("{}: expected to begin at byte {at}, found {what} at byte {}", storage.entry, storage.offset));
+            let what = if storage.offset < at {
+                "an overlap"
+            } else {
+                "a hole"
+            };
+            problems.push(format!(
+                "{}: expected to begin at byte {at}, found {what} at byte {}",
+                storage.entry, storage.offset
+            ));
         }
         at = storage.offset + storage.len_bytes;
     }
     if problems.is_empty() && at != end {
-        problems.push(format!("expected the file to end at byte {at}, found {end}"));
+        problems.push(format!(
+            "expected the file to end at byte {at}, found {end}"
+        ));
     }
     problems
 }

@@ -55,7 +55,9 @@ impl DecoderKeys {
                 let block = format!("{prefix}up_blocks.{up}.");
                 let upsample = format!("{block}upsamplers.0.conv");
                 UpKeys {
-                    resnets: (0..s.count(&format!("{block}resnets."))).map(|n| format!("{block}resnets.{n}")).collect(),
+                    resnets: (0..s.count(&format!("{block}resnets.")))
+                        .map(|n| format!("{block}resnets.{n}"))
+                        .collect(),
                     upsample: s.has_prefix(&format!("{upsample}.")).then_some(upsample),
                 }
             })
@@ -79,7 +81,9 @@ impl DecoderKeys {
                 let block = format!("{prefix}up.{up}.");
                 let upsample = format!("{block}upsample.conv");
                 UpKeys {
-                    resnets: (0..s.count(&format!("{block}block."))).map(|n| format!("{block}block.{n}")).collect(),
+                    resnets: (0..s.count(&format!("{block}block.")))
+                        .map(|n| format!("{block}block.{n}"))
+                        .collect(),
                     upsample: s.has_prefix(&format!("{upsample}.")).then_some(upsample),
                 }
             })
@@ -89,7 +93,10 @@ impl DecoderKeys {
             norm_out: "norm_out",
             shortcut: "nin_shortcut",
             middle: [1, 2].map(|n| format!("{prefix}mid.block_{n}")),
-            attention: AttentionKeys::new(&format!("{prefix}mid.attn_1."), ["norm", "q", "k", "v", "proj_out"]),
+            attention: AttentionKeys::new(
+                &format!("{prefix}mid.attn_1."),
+                ["norm", "q", "k", "v", "proj_out"],
+            ),
             ups,
         }
     }
@@ -98,7 +105,13 @@ impl DecoderKeys {
 impl AttentionKeys {
     fn new(prefix: &str, [norm, q, k, v, out]: [&str; 5]) -> AttentionKeys {
         let full = |name: &str| format!("{prefix}{name}");
-        AttentionKeys { norm: full(norm), q: full(q), k: full(k), v: full(v), out: full(out) }
+        AttentionKeys {
+            norm: full(norm),
+            q: full(q),
+            k: full(k),
+            v: full(v),
+            out: full(out),
+        }
     }
 }
 
@@ -116,7 +129,15 @@ pub fn build<'c>(
 ) -> Graph<'c> {
     let mut g = Graph::new(name, precision);
     let channels = s.axis(&format!("{post_quant_conv}.weight"), 4, 1);
-    let latent = g.input("latent", &[BATCH, Axis::Len(channels), Axis::Len(height), Axis::Len(width)]);
+    let latent = g.input(
+        "latent",
+        &[
+            BATCH,
+            Axis::Len(channels),
+            Axis::Len(height),
+            Axis::Len(width),
+        ],
+    );
     let act = g.act();
     let x = g.cast(&latent, act);
     let x = conv(&mut g, s, post_quant_conv, &x, 1, 1);
@@ -144,12 +165,25 @@ pub fn decoder<'c>(g: &mut Graph<'c>, s: &Section<'c>, keys: &DecoderKeys, x: &V
             x = conv_out(g, s, key, &larger, larger.len(1), 3, 1);
         }
     }
-    let x = group_norm(g, s, &format!("{prefix}{}", keys.norm_out), &x, GROUPS, GROUP_NORM_EPS);
+    let x = group_norm(
+        g,
+        s,
+        &format!("{prefix}{}", keys.norm_out),
+        &x,
+        GROUPS,
+        GROUP_NORM_EPS,
+    );
     let x = silu(g, &x);
     conv(g, s, &format!("{prefix}conv_out"), &x, 3, 1)
 }
 
-fn resnet<'c>(g: &mut Graph<'c>, s: &Section<'c>, keys: &DecoderKeys, key: &str, x: &Value) -> Value {
+fn resnet<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    keys: &DecoderKeys,
+    key: &str,
+    x: &Value,
+) -> Value {
     let h = group_norm(g, s, &format!("{key}.norm1"), x, GROUPS, GROUP_NORM_EPS);
     let h = silu(g, &h);
     let h = conv(g, s, &format!("{key}.conv1"), &h, 3, 1);
@@ -165,10 +199,18 @@ fn resnet<'c>(g: &mut Graph<'c>, s: &Section<'c>, keys: &DecoderKeys, key: &str,
 }
 
 /// Single-head attention over the pixels; its weights are matrices or 1 x 1 convolutions.
-fn middle_attention<'c>(g: &mut Graph<'c>, s: &Section<'c>, keys: &AttentionKeys, x: &Value) -> Value {
+fn middle_attention<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    keys: &AttentionKeys,
+    x: &Value,
+) -> Value {
     let (channels, height, width) = (x.len(1), x.len(2), x.len(3));
     let normed = group_norm(g, s, &keys.norm, x, GROUPS, GROUP_NORM_EPS);
-    let rows = g.reshape(&normed, &[BATCH, Axis::Len(channels), Axis::Len(height * width)]);
+    let rows = g.reshape(
+        &normed,
+        &[BATCH, Axis::Len(channels), Axis::Len(height * width)],
+    );
     let rows = g.transpose(&rows, &[0, 2, 1]);
     let q = pixel_linear(g, s, &keys.q, &rows);
     let k = pixel_linear(g, s, &keys.k, &rows);

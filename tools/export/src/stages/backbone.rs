@@ -47,9 +47,18 @@ impl BackboneShape {
             s.axis("diffusion_prior.net.null_image_embed", 2, 1)
         };
         if !rows.is_multiple_of(dim) {
-            s.problem("backbone.backbone_linear.bias", format!("expected a multiple of the token width {dim}, found {rows} rows"));
+            s.problem(
+                "backbone.backbone_linear.bias",
+                format!("expected a multiple of the token width {dim}, found {rows} rows"),
+            );
         }
-        BackboneShape { hidden, seq, blocks: s.count("backbone.mixer_blocks2."), tokens: (rows / dim).max(1), dim }
+        BackboneShape {
+            hidden,
+            seq,
+            blocks: s.count("backbone.mixer_blocks2."),
+            tokens: (rows / dim).max(1),
+            dim,
+        }
     }
 }
 
@@ -57,11 +66,28 @@ impl BackboneShape {
 #[must_use]
 pub fn build<'c>(s: &Section<'c>, shape: BackboneShape, precision: Precision) -> Graph<'c> {
     let mut g = Graph::new("backbone", precision);
-    let BackboneShape { hidden, seq, tokens, dim, .. } = shape;
+    let BackboneShape {
+        hidden,
+        seq,
+        tokens,
+        dim,
+        ..
+    } = shape;
     let ridge = g.input("ridge", &[BATCH, Axis::Len(seq), Axis::Len(hidden)]);
-    let trunk = if seq == 1 { constant_mixers(&mut g, s, &ridge, shape) } else { mixers(&mut g, s, &ridge, shape) };
+    let trunk = if seq == 1 {
+        constant_mixers(&mut g, s, &ridge, shape)
+    } else {
+        mixers(&mut g, s, &ridge, shape)
+    };
     let flat = g.reshape(&trunk, &[BATCH, Axis::Len(seq * hidden)]);
-    let rows = linear(&mut g, s, "backbone.backbone_linear", &flat, tokens * dim, true);
+    let rows = linear(
+        &mut g,
+        s,
+        "backbone.backbone_linear",
+        &flat,
+        tokens * dim,
+        true,
+    );
     let brain_tokens = g.reshape(&rows, &[BATCH, Axis::Len(tokens), Axis::Len(dim)]);
     g.output("brain_tokens", &brain_tokens);
     if s.has_prefix("backbone.clip_proj.") {
@@ -77,19 +103,32 @@ pub fn build<'c>(s: &Section<'c>, shape: BackboneShape, precision: Precision) ->
 }
 
 /// The mixers where one sequence token makes each block add a constant.
-fn constant_mixers<'c>(g: &mut Graph<'c>, s: &Section<'c>, ridge: &Value, shape: BackboneShape) -> Value {
+fn constant_mixers<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    ridge: &Value,
+    shape: BackboneShape,
+) -> Value {
     let mut sum = 0.0_f64;
     for block in 0..shape.blocks {
         require_first_mixer(s, block, shape.hidden);
         let key = format!("backbone.mixer_blocks2.{block}");
-        let read = |name: &str, len: &[u64]| s.read(&format!("{key}.{name}"), len).first().copied().map_or(0.0, f64::from);
+        let read = |name: &str, len: &[u64]| {
+            s.read(&format!("{key}.{name}"), len)
+                .first()
+                .copied()
+                .map_or(0.0, f64::from)
+        };
         s.require(&format!("{key}.0.weight"), &[1]);
         let normed = read("0.bias", &[1]);
         let inner = read("1.0.weight", &[1, 1]) * normed + read("1.0.bias", &[1]);
         let inner = 0.5 * inner * (1.0 + libm::erf(inner / std::f64::consts::SQRT_2));
         sum += read("1.3.weight", &[1, 1]) * inner + read("1.3.bias", &[1]);
     }
-    #[expect(clippy::cast_possible_truncation, reason = "computed in double precision, stored in single")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "computed in double precision, stored in single"
+    )]
     let shift = g.table("mixer_constant", Elem::F32, &[1], vec![sum as f32]);
     // Kept in fp32: the constant may be small beside the hidden values it is added to.
     let moved = g.add(ridge, &shift);
@@ -137,9 +176,22 @@ fn projector<'c>(g: &mut Graph<'c>, s: &Section<'c>, tokens: &Value) -> Value {
     let width = tokens.last();
     let mut x = tokens.clone();
     for layer in [0, 3, 6] {
-        x = layer_norm(g, s, &format!("backbone.clip_proj.{layer}"), &x, LAYER_NORM_EPS);
+        x = layer_norm(
+            g,
+            s,
+            &format!("backbone.clip_proj.{layer}"),
+            &x,
+            LAYER_NORM_EPS,
+        );
         x = gelu(g, &x);
-        x = linear(g, s, &format!("backbone.clip_proj.{}", layer + 2), &x, width, true);
+        x = linear(
+            g,
+            s,
+            &format!("backbone.clip_proj.{}", layer + 2),
+            &x,
+            width,
+            true,
+        );
     }
     x
 }
@@ -150,12 +202,21 @@ fn blurry_head<'c>(g: &mut Graph<'c>, s: &Section<'c>, flat: &Value) -> Value {
     let channels = s.axis("backbone.bnorm.weight", 1, 0);
     let side = (features / channels).isqrt();
     if side * side * channels != features || side == 0 {
-        let message = format!("expected {channels} channels times a square map, found {features} features");
+        let message =
+            format!("expected {channels} channels times a square map, found {features} features");
         s.problem("backbone.blin1.bias", message);
     }
     let side = side.max(1);
     let x = linear(g, s, "backbone.blin1", flat, side * side * channels, true);
-    let x = g.reshape(&x, &[BATCH, Axis::Len(channels), Axis::Len(side), Axis::Len(side)]);
+    let x = g.reshape(
+        &x,
+        &[BATCH, Axis::Len(channels), Axis::Len(side), Axis::Len(side)],
+    );
     let x = group_norm(g, s, "backbone.bnorm", &x, 1, 1e-5);
-    autoencoder::decoder(g, s, &autoencoder::DecoderKeys::diffusers(s, "backbone.bupsampler."), &x)
+    autoencoder::decoder(
+        g,
+        s,
+        &autoencoder::DecoderKeys::diffusers(s, "backbone.bupsampler."),
+        &x,
+    )
 }

@@ -12,7 +12,9 @@
 use bundle::{Precision, PriorTables};
 
 use crate::graph::{Axis, BATCH, Elem, Graph, Layout, Numbers, Reduction, Value};
-use crate::layers::{Sinusoids, as_f64, frequencies, l2_normalise, linear, linear_to, silu, sinusoids, softmax};
+use crate::layers::{
+    Sinusoids, as_f64, frequencies, l2_normalise, linear, linear_to, silu, sinusoids, softmax,
+};
 use crate::section::Section;
 
 const NET: &str = "diffusion_prior.net.";
@@ -65,7 +67,7 @@ pub fn build<'c>(s: &Section<'c>, precision: Precision) -> Graph<'c> {
     let keep = g.reshape(&keep, &[BATCH, Axis::Len(1), Axis::Len(1)]);
     let half = g.scalar(0.5, Elem::F32);
     let keep = g.greater(&keep, &half);
-    let mut conditioned = |name: &str, x: &Value, g: &mut Graph<'c>| {
+    let conditioned = |name: &str, x: &Value, g: &mut Graph<'c>| {
         let null = s.weight(g, &format!("{NET}{name}"), &[tokens, dim]);
         let act = g.act();
         let x = g.cast(x, act);
@@ -81,7 +83,10 @@ pub fn build<'c>(s: &Section<'c>, precision: Precision) -> Graph<'c> {
     let bias = position_bias(g, s, x.len(1));
     let layers = s.count(&format!("{TRANSFORMER}layers."));
     if layers == 0 {
-        s.problem(&format!("{TRANSFORMER}layers"), "expected at least one layer, found none".into());
+        s.problem(
+            &format!("{TRANSFORMER}layers"),
+            "expected at least one layer, found none".into(),
+        );
     }
     for layer in 0..layers {
         let key = format!("{TRANSFORMER}layers.{layer}");
@@ -100,24 +105,47 @@ pub fn build<'c>(s: &Section<'c>, precision: Precision) -> Graph<'c> {
 /// Sinusoids of the timestep through a three-layer SiLU network; `[batch, 1, dim]`.
 fn time_token<'c>(g: &mut Graph<'c>, s: &Section<'c>, timestep: &Value, dim: u64) -> Value {
     if !dim.is_multiple_of(2) || dim < 4 {
-        s.problem(&format!("{NET}null_image_embed"), format!("expected an even token width of at least 4, found {dim}"));
+        s.problem(
+            &format!("{NET}null_image_embed"),
+            format!("expected an even token width of at least 4, found {dim}"),
+        );
     }
     let half = (dim / 2).max(2);
-    let embedding = sinusoids(g, timestep, "time_frequencies", frequencies(half, as_f64(half) - 1.0), Sinusoids::SinCos);
+    let embedding = sinusoids(
+        g,
+        timestep,
+        "time_frequencies",
+        frequencies(half, as_f64(half) - 1.0),
+        Sinusoids::SinCos,
+    );
     let act = g.act();
     let x = g.cast(&embedding, act);
     let x = linear_to(g, s, &format!("{NET}to_time_embeds.0.1.net.0.0"), &x, true);
     let x = silu(g, &x);
     let x = linear_to(g, s, &format!("{NET}to_time_embeds.0.1.net.1.0"), &x, true);
     let x = silu(g, &x);
-    let x = linear(g, s, &format!("{NET}to_time_embeds.0.1.net.2"), &x, dim, true);
+    let x = linear(
+        g,
+        s,
+        &format!("{NET}to_time_embeds.0.1.net.2"),
+        &x,
+        dim,
+        true,
+    );
     g.reshape(&x, &[BATCH, Axis::Len(1), Axis::Len(dim)])
 }
 
 /// Layer norm with a gain and no bias, in fp32.
 fn gain_norm<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value) -> Value {
     let width = [x.last()];
-    let gain = s.weight_as(g, &format!("{key}.g"), &width, Elem::F32, &width, Layout::AsStored);
+    let gain = s.weight_as(
+        g,
+        &format!("{key}.g"),
+        &width,
+        Elem::F32,
+        &width,
+        Layout::AsStored,
+    );
     let wide = g.cast(x, Elem::F32);
     let normed = g.layer_norm(&wide, &gain, None, LAYER_NORM_EPS);
     g.cast(&normed, x.elem())
@@ -138,7 +166,10 @@ fn attention<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value, bias:
     let heads = bias.len(0);
     let normed = gain_norm(g, s, &format!("{key}.norm"), x);
     let q = linear(g, s, &format!("{key}.to_q"), &normed, heads * head, false);
-    let q = g.reshape(&q, &[BATCH, Axis::Len(rows), Axis::Len(heads), Axis::Len(head)]);
+    let q = g.reshape(
+        &q,
+        &[BATCH, Axis::Len(rows), Axis::Len(heads), Axis::Len(head)],
+    );
     let q = g.transpose(&q, &[0, 2, 1, 3]);
     let kv = linear(g, s, &format!("{key}.to_kv"), &normed, 2 * head, false);
     let k = g.slice(&kv, 2, 0, head);
@@ -153,14 +184,20 @@ fn attention<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value, bias:
     let q = g.reshape(&q, &[BATCH, Axis::Len(heads * rows), Axis::Len(head)]);
     let k = g.transpose(&k, &[0, 2, 1]);
     let scores = g.matmul(&q, &k);
-    let scores = g.reshape(&scores, &[BATCH, Axis::Len(heads), Axis::Len(rows), Axis::Len(keys)]);
+    let scores = g.reshape(
+        &scores,
+        &[BATCH, Axis::Len(heads), Axis::Len(rows), Axis::Len(keys)],
+    );
     let wide = g.cast(&scores, Elem::F32);
     let biased = g.add(&wide, bias);
     let shares = softmax(g, &biased);
     let shares = g.cast(&shares, x.elem());
     let shares = g.reshape(&shares, &[BATCH, Axis::Len(heads * rows), Axis::Len(keys)]);
     let mixed = g.matmul(&shares, &v);
-    let mixed = g.reshape(&mixed, &[BATCH, Axis::Len(heads), Axis::Len(rows), Axis::Len(head)]);
+    let mixed = g.reshape(
+        &mixed,
+        &[BATCH, Axis::Len(heads), Axis::Len(rows), Axis::Len(head)],
+    );
     let mixed = g.transpose(&mixed, &[0, 2, 1, 3]);
     let mixed = g.reshape(&mixed, &[BATCH, Axis::Len(rows), Axis::Len(heads * head)]);
     let out = linear(g, s, &format!("{key}.to_out.0"), &mixed, dim, false);
@@ -171,7 +208,13 @@ fn attention<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value, bias:
 ///
 /// `x cos + (x R) sin` over all channels, with cosine 1 and sine 0 where nothing turns; R exchanges
 /// the two channels of a pair and negates one, exactly, in any precision.
-fn rotate<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, q: &Value, k: &Value) -> (Value, Value) {
+fn rotate<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    key: &str,
+    q: &Value,
+    k: &Value,
+) -> (Value, Value) {
     let name = format!("{key}.rotary_emb.freqs");
     if !s.has(&name) {
         return (q.clone(), k.clone());
@@ -179,14 +222,26 @@ fn rotate<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, q: &Value, k: &Valu
     let (rows, head) = (k.len(1), k.last());
     let count = s.axis(&name, 1, 0);
     if 2 * count > head {
-        s.problem(&name, format!("expected at most {} frequencies for heads of {head}, found {count}", head / 2));
+        s.problem(
+            &name,
+            format!(
+                "expected at most {} frequencies for heads of {head}, found {count}",
+                head / 2
+            ),
+        );
         return (q.clone(), k.clone());
     }
     let freqs = s.read(&name, &[count]);
     let angle = |row: u64, channel: u64| {
-        usize::try_from(channel / 2).ok().and_then(|pair| freqs.get(pair)).map(|&freq| as_f64(row) * f64::from(freq))
+        usize::try_from(channel / 2)
+            .ok()
+            .and_then(|pair| freqs.get(pair))
+            .map(|&freq| as_f64(row) * f64::from(freq))
     };
-    #[expect(clippy::cast_possible_truncation, reason = "computed in double precision, stored in single")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "computed in double precision, stored in single"
+    )]
     let table = |of: &dyn Fn(f64) -> f64, still: f64| -> Vec<f32> {
         (0..rows)
             .flat_map(|row| (0..head).map(move |channel| (row, channel)))
@@ -194,17 +249,36 @@ fn rotate<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, q: &Value, k: &Valu
             .collect()
     };
     // Layers share the table where they share the frequencies, which the original does.
-    let bits: Vec<String> = freqs.iter().map(|freq| format!("{:x}", freq.to_bits())).collect();
+    let bits: Vec<String> = freqs
+        .iter()
+        .map(|freq| format!("{:x}", freq.to_bits()))
+        .collect();
     let id = fingerprint(&bits.concat());
     let act = g.act();
-    let cos = g.table(&format!("rotary_cos_{id}"), Elem::F32, &[rows, head], table(&f64::cos, 1.0));
-    let sin = g.table(&format!("rotary_sin_{id}"), Elem::F32, &[rows, head], table(&f64::sin, 0.0));
+    let cos = g.table(
+        &format!("rotary_cos_{id}"),
+        Elem::F32,
+        &[rows, head],
+        table(&f64::cos, 1.0),
+    );
+    let sin = g.table(
+        &format!("rotary_sin_{id}"),
+        Elem::F32,
+        &[rows, head],
+        table(&f64::sin, 0.0),
+    );
     let turn: Vec<f32> = (0..head)
         .flat_map(|row| (0..head).map(move |column| (row, column)))
-        .map(|(row, column)| match (row / 2 == column / 2 && row / 2 < count, row % 2, column % 2) {
-            (true, 0, 1) => 1.0,
-            (true, 1, 0) => -1.0,
-            _ => 0.0,
+        .map(|(row, column)| {
+            match (
+                row / 2 == column / 2 && row / 2 < count,
+                row % 2,
+                column % 2,
+            ) {
+                (true, 0, 1) => 1.0,
+                (true, 1, 0) => -1.0,
+                _ => 0.0,
+            }
         })
         .collect();
     let turn = g.table(&format!("rotary_turn_{count}"), act, &[head, head], turn);
@@ -220,24 +294,47 @@ fn rotate<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, q: &Value, k: &Valu
 }
 
 /// The learned null key (normalised like the others, not rotated) and value in front of the rest.
-fn with_null_row<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, k: &Value, v: &Value) -> (Value, Value) {
+fn with_null_row<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    key: &str,
+    k: &Value,
+    v: &Value,
+) -> (Value, Value) {
     let (rows, head) = (k.len(1) + 1, k.last());
     let name = format!("{key}.null_kv");
     let null = s.read(&name, &[2, head]);
     let width = null.len() / 2;
-    let norm = null[..width].iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt().max(1e-12);
-    #[expect(clippy::cast_possible_truncation, reason = "computed in double precision, stored in single")]
-    let null_key: Vec<f32> = null[..width].iter().map(|&x| (f64::from(x) / norm * f64::from(COSINE_ROOT)) as f32).collect();
+    let norm = null[..width]
+        .iter()
+        .map(|&x| f64::from(x) * f64::from(x))
+        .sum::<f64>()
+        .sqrt()
+        .max(1e-12);
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "computed in double precision, stored in single"
+    )]
+    let null_key: Vec<f32> = null[..width]
+        .iter()
+        .map(|&x| (f64::from(x) / norm * f64::from(COSINE_ROOT)) as f32)
+        .collect();
     let null_value = null[width..].to_vec();
     let act = g.act();
     let mut in_front = |x: &Value, first: Vec<f32>, part: &str| {
         let mut table = first;
-        table.resize(usize::try_from(rows * head).expect("attention rows fit memory"), 0.0);
+        table.resize(
+            usize::try_from(rows * head).expect("attention rows fit memory"),
+            0.0,
+        );
         let table = g.table(&format!("{name}.{part}"), act, &[1, rows, head], table);
         let padded = g.pad_front_row(x);
         g.add(&padded, &table)
     };
-    (in_front(k, null_key, "key"), in_front(v, null_value, "value"))
+    (
+        in_front(k, null_key, "key"),
+        in_front(v, null_value, "value"),
+    )
 }
 
 /// `[heads, rows, rows + 1]`: the bias of each query for each key, the null key at position 0.
@@ -246,12 +343,16 @@ fn position_bias<'c>(g: &mut Graph<'c>, s: &Section<'c>, rows: u64) -> Value {
     let (buckets, heads) = (s.axis(&key, 2, 0), s.axis(&key, 2, 1));
     let weight = s.read(&key, &[buckets, heads]);
     let width = usize::try_from(heads).expect("heads fit memory");
-    let row_of: Vec<usize> = (0..=rows).map(|distance| bucket(distance, buckets)).collect();
+    let row_of: Vec<usize> = (0..=rows)
+        .map(|distance| bucket(distance, buckets))
+        .collect();
     let at = |index: u64| usize::try_from(index).expect("attention rows fit memory");
     let mut table = Vec::new();
     for head in 0..width {
         for query in 0..rows {
-            table.extend((0..=rows).map(|key| weight[row_of[at(query.saturating_sub(key))] * width + head]));
+            table.extend(
+                (0..=rows).map(|key| weight[row_of[at(query.saturating_sub(key))] * width + head]),
+            );
         }
     }
     let shape = [heads, rows, rows + 1];
@@ -259,7 +360,11 @@ fn position_bias<'c>(g: &mut Graph<'c>, s: &Section<'c>, rows: u64) -> Value {
 }
 
 /// Bucket of a distance: exact for the first half, then logarithmic, the last one open.
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a bucket is a small non-negative number")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a bucket is a small non-negative number"
+)]
 fn bucket(distance: u64, buckets: u64) -> usize {
     let exact = buckets / 2;
     if distance < exact.max(1) {
@@ -285,7 +390,11 @@ fn feed_forward<'c>(g: &mut Graph<'c>, s: &Section<'c>, key: &str, x: &Value) ->
 /// A short stable name for a text.
 fn fingerprint(text: &str) -> String {
     use sha2::{Digest, Sha256};
-    Sha256::digest(text.as_bytes()).iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(text.as_bytes())
+        .iter()
+        .take(6)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 #[cfg(test)]
@@ -305,7 +414,11 @@ mod tests {
     #[test]
     fn buckets_equal_the_original_up_to_a_thousand() {
         for distance in 0..1000 {
-            assert_eq!(bucket(distance, 32) as u64, slow_bucket(distance), "distance {distance}");
+            assert_eq!(
+                bucket(distance, 32) as u64,
+                slow_bucket(distance),
+                "distance {distance}"
+            );
         }
     }
 }

@@ -27,7 +27,14 @@ pub fn build<'c>(s: &Section<'c>, index: u64, hidden: u64, precision: Precision)
     let betas = g.input("betas", &[BATCH, Axis::Len(voxels(s, index))]);
     let act = g.act();
     let x = g.cast(&betas, act);
-    let x = linear(&mut g, s, &format!("ridge.linears.{index}"), &x, hidden, true);
+    let x = linear(
+        &mut g,
+        s,
+        &format!("ridge.linears.{index}"),
+        &x,
+        hidden,
+        true,
+    );
     let x = g.reshape(&x, &[BATCH, Axis::Len(1), Axis::Len(hidden)]);
     g.output("ridge", &x);
     g

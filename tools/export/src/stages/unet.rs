@@ -8,7 +8,8 @@ use bundle::Precision;
 
 use crate::graph::{Axis, BATCH, Graph, Layout, Value};
 use crate::layers::{
-    Sinusoids, as_f64, attention, conv, conv_out, frequencies, gelu, group_norm, layer_norm, linear, linear_to, silu, sinusoids,
+    Sinusoids, as_f64, attention, conv, conv_out, frequencies, gelu, group_norm, layer_norm,
+    linear, linear_to, silu, sinusoids,
 };
 use crate::section::Section;
 
@@ -51,21 +52,46 @@ struct Unet<'s, 'c> {
 
 /// Builds the graph.
 #[must_use]
-pub fn build<'c>(name: &str, s: &Section<'c>, options: UnetOptions, precision: Precision) -> Graph<'c> {
+pub fn build<'c>(
+    name: &str,
+    s: &Section<'c>,
+    options: UnetOptions,
+    precision: Precision,
+) -> Graph<'c> {
     let mut graph = Graph::new(name, precision);
     let g = &mut graph;
     let [height, width] = options.latent;
     let channels = latent_channels(s);
     let model_channels = s.axis(&format!("{PREFIX}input_blocks.0.0.weight"), 4, 0);
-    let latent = g.input("latent", &[BATCH, Axis::Len(channels), Axis::Len(height), Axis::Len(width)]);
+    let latent = g.input(
+        "latent",
+        &[
+            BATCH,
+            Axis::Len(channels),
+            Axis::Len(height),
+            Axis::Len(width),
+        ],
+    );
     let timestep = g.input("timestep", &[BATCH]);
-    let context = g.input("context", &[BATCH, Axis::Len(options.tokens), Axis::Len(context_width(s))]);
+    let context = g.input(
+        "context",
+        &[
+            BATCH,
+            Axis::Len(options.tokens),
+            Axis::Len(context_width(s)),
+        ],
+    );
     let vector = g.input("vector", &[BATCH, Axis::Len(vector_len(s))]);
     check_latent(s, options.latent);
 
     let act = g.act();
     let embedding = embedding(g, s, &timestep, &vector, model_channels);
-    let unet = Unet { s, head_channels: options.head_channels, embedding, context: g.cast(&context, act) };
+    let unet = Unet {
+        s,
+        head_channels: options.head_channels,
+        embedding,
+        context: g.cast(&context, act),
+    };
 
     let mut x = g.cast(&latent, act);
     let mut skips = Vec::new();
@@ -77,11 +103,18 @@ pub fn build<'c>(name: &str, s: &Section<'c>, options: UnetOptions, precision: P
     for block in 0..s.count(&format!("{PREFIX}output_blocks.")) {
         let prefix = format!("{PREFIX}output_blocks.{block}.");
         let Some(skip) = skips.pop() else {
-            s.problem(&prefix, "expected as many output as input blocks, found more".into());
+            s.problem(
+                &prefix,
+                "expected as many output as input blocks, found more".into(),
+            );
             break;
         };
         if skip.shape()[2..] != x.shape()[2..] {
-            let message = format!("expected maps of {:?} as its input block has, found {:?}", &skip.shape()[2..], &x.shape()[2..]);
+            let message = format!(
+                "expected maps of {:?} as its input block has, found {:?}",
+                &skip.shape()[2..],
+                &x.shape()[2..]
+            );
             s.problem(&prefix, message);
             break;
         }
@@ -89,7 +122,10 @@ pub fn build<'c>(name: &str, s: &Section<'c>, options: UnetOptions, precision: P
         x = unet.sequence(g, &prefix, &joined);
     }
     if !skips.is_empty() {
-        let message = format!("expected as many output as input blocks, found {} fewer", skips.len());
+        let message = format!(
+            "expected as many output as input blocks, found {} fewer",
+            skips.len()
+        );
         s.problem(&format!("{PREFIX}output_blocks"), message);
     }
     let x = group_norm(g, s, &format!("{PREFIX}out.0"), &x, GROUPS, BLOCK_NORM_EPS);
@@ -106,7 +142,13 @@ fn check_latent(s: &Section<'_>, latent: [u64; 2]) {
         .count();
     let unit = 1_u64 << halvings.min(16);
     if latent.iter().any(|&len| len == 0 || len % unit != 0) {
-        s.problem("latent_hw", format!("expected multiples of {unit} for {halvings} halvings, found {} x {}", latent[0], latent[1]));
+        s.problem(
+            "latent_hw",
+            format!(
+                "expected multiples of {unit} for {halvings} halvings, found {} x {}",
+                latent[0], latent[1]
+            ),
+        );
     }
 }
 
@@ -114,7 +156,10 @@ fn check_latent(s: &Section<'_>, latent: [u64; 2]) {
 fn context_width(s: &Section<'_>) -> u64 {
     context_key(s).map_or_else(
         || {
-            s.problem(PREFIX, "expected a cross-attention attn2.to_k, found none".into());
+            s.problem(
+                PREFIX,
+                "expected a cross-attention attn2.to_k, found none".into(),
+            );
             1
         },
         |key| s.axis(&key, 2, 1),
@@ -130,14 +175,26 @@ fn context_key(s: &Section<'_>) -> Option<String> {
 }
 
 /// SiLU of (network of the timestep's sinusoids + network of the vector); `[batch, width]`.
-fn embedding<'c>(g: &mut Graph<'c>, s: &Section<'c>, timestep: &Value, vector: &Value, model_channels: u64) -> Value {
+fn embedding<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    timestep: &Value,
+    vector: &Value,
+    model_channels: u64,
+) -> Value {
     if !model_channels.is_multiple_of(2) || model_channels < 2 {
         let message = format!("expected an even number of channels, found {model_channels}");
         s.problem(&format!("{PREFIX}input_blocks.0.0.weight"), message);
     }
     let half = (model_channels / 2).max(1);
     let act = g.act();
-    let waves = sinusoids(g, timestep, "time_frequencies", frequencies(half, as_f64(half)), Sinusoids::CosSin);
+    let waves = sinusoids(
+        g,
+        timestep,
+        "time_frequencies",
+        frequencies(half, as_f64(half)),
+        Sinusoids::CosSin,
+    );
     let waves = g.cast(&waves, act);
     let time = linear_to(g, s, &format!("{PREFIX}time_embed.0"), &waves, true);
     let time = silu(g, &time);
@@ -145,7 +202,14 @@ fn embedding<'c>(g: &mut Graph<'c>, s: &Section<'c>, timestep: &Value, vector: &
     let vector = g.cast(vector, act);
     let label = linear_to(g, s, &format!("{PREFIX}label_emb.0.0"), &vector, true);
     let label = silu(g, &label);
-    let label = linear(g, s, &format!("{PREFIX}label_emb.0.2"), &label, time.last(), true);
+    let label = linear(
+        g,
+        s,
+        &format!("{PREFIX}label_emb.0.2"),
+        &label,
+        time.last(),
+        true,
+    );
     let sum = g.add(&time, &label);
     silu(g, &sum)
 }
@@ -169,7 +233,11 @@ impl<'c> Unet<'_, 'c> {
             } else if s.has(&format!("{key}.weight")) {
                 conv(g, s, &key, &x, 3, 1)
             } else {
-                s.problem(&key, "expected a residual block, a transformer, a convolution or a change of size".into());
+                s.problem(
+                    &key,
+                    "expected a residual block, a transformer, a convolution or a change of size"
+                        .into(),
+                );
                 x
             };
         }
@@ -178,14 +246,38 @@ impl<'c> Unet<'_, 'c> {
 
     fn resblock(&self, g: &mut Graph<'c>, key: &str, x: &Value) -> Value {
         let s = self.s;
-        let h = group_norm(g, s, &format!("{key}.in_layers.0"), x, GROUPS, BLOCK_NORM_EPS);
+        let h = group_norm(
+            g,
+            s,
+            &format!("{key}.in_layers.0"),
+            x,
+            GROUPS,
+            BLOCK_NORM_EPS,
+        );
         let h = silu(g, &h);
         let h = conv(g, s, &format!("{key}.in_layers.2"), &h, 3, 1);
         let channels = h.len(1);
-        let shift = linear(g, s, &format!("{key}.emb_layers.1"), &self.embedding, channels, true);
-        let shift = g.reshape(&shift, &[BATCH, Axis::Len(channels), Axis::Len(1), Axis::Len(1)]);
+        let shift = linear(
+            g,
+            s,
+            &format!("{key}.emb_layers.1"),
+            &self.embedding,
+            channels,
+            true,
+        );
+        let shift = g.reshape(
+            &shift,
+            &[BATCH, Axis::Len(channels), Axis::Len(1), Axis::Len(1)],
+        );
         let h = g.add(&h, &shift);
-        let h = group_norm(g, s, &format!("{key}.out_layers.0"), &h, GROUPS, BLOCK_NORM_EPS);
+        let h = group_norm(
+            g,
+            s,
+            &format!("{key}.out_layers.0"),
+            &h,
+            GROUPS,
+            BLOCK_NORM_EPS,
+        );
         let h = silu(g, &h);
         let h = conv_out(g, s, &format!("{key}.out_layers.3"), &h, channels, 3, 1);
         let skip = if channels == x.len(1) {
@@ -199,8 +291,18 @@ impl<'c> Unet<'_, 'c> {
     fn transformer(&self, g: &mut Graph<'c>, key: &str, x: &Value) -> Value {
         let s = self.s;
         let (channels, height, width) = (x.len(1), x.len(2), x.len(3));
-        let normed = group_norm(g, s, &format!("{key}.norm"), x, GROUPS, TRANSFORMER_NORM_EPS);
-        let rows = g.reshape(&normed, &[BATCH, Axis::Len(channels), Axis::Len(height * width)]);
+        let normed = group_norm(
+            g,
+            s,
+            &format!("{key}.norm"),
+            x,
+            GROUPS,
+            TRANSFORMER_NORM_EPS,
+        );
+        let rows = g.reshape(
+            &normed,
+            &[BATCH, Axis::Len(channels), Axis::Len(height * width)],
+        );
         let rows = g.transpose(&rows, &[0, 2, 1]);
         let mut h = self.projection(g, &format!("{key}.proj_in"), &rows, None);
         for block in 0..s.count(&format!("{key}.transformer_blocks.")) {
@@ -218,9 +320,15 @@ impl<'c> Unet<'_, 'c> {
         let inner = rows.last();
         let stored = self.s.shape(&name).unwrap_or_default();
         let out = out.unwrap_or_else(|| self.s.axis(&name, stored.len().max(2), 0));
-        let expected: &[u64] = if stored.len() == 4 { &[out, inner, 1, 1] } else { &[out, inner] };
+        let expected: &[u64] = if stored.len() == 4 {
+            &[out, inner, 1, 1]
+        } else {
+            &[out, inner]
+        };
         let act = g.act();
-        let weight = self.s.weight_as(g, &name, expected, act, &[inner, out], Layout::Transposed);
+        let weight = self
+            .s
+            .weight_as(g, &name, expected, act, &[inner, out], Layout::Transposed);
         let bias = self.s.weight(g, &format!("{key}.bias"), &[out]);
         let product = g.matmul(rows, &weight);
         g.add(&product, &bias)
@@ -236,7 +344,14 @@ impl<'c> Unet<'_, 'c> {
         let x = g.add(&h, &x);
         let normed = layer_norm(g, s, &format!("{key}.norm3"), &x, LAYER_NORM_EPS);
         let inner = s.axis(&format!("{key}.ff.net.2.weight"), 2, 1);
-        let both = linear(g, s, &format!("{key}.ff.net.0.proj"), &normed, 2 * inner, true);
+        let both = linear(
+            g,
+            s,
+            &format!("{key}.ff.net.0.proj"),
+            &normed,
+            2 * inner,
+            true,
+        );
         let value = g.slice(&both, 2, 0, inner);
         let gate = g.slice(&both, 2, inner, 2 * inner);
         let gate = gelu(g, &gate);
@@ -251,7 +366,10 @@ impl<'c> Unet<'_, 'c> {
         let heads = if inner.is_multiple_of(self.head_channels) {
             inner / self.head_channels
         } else {
-            let message = format!("expected a multiple of num_head_channels = {}, found {inner} rows", self.head_channels);
+            let message = format!(
+                "expected a multiple of num_head_channels = {}, found {inner} rows",
+                self.head_channels
+            );
             s.problem(&format!("{key}.to_q.weight"), message);
             1
         };
