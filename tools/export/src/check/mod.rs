@@ -10,7 +10,7 @@ mod report;
 mod samplers;
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::PathBuf;
 
 use bundle::{Bundle, BundleError, Precision, Stage as StageSpec, StageName};
@@ -18,6 +18,8 @@ use decoder::{Runtime, Stage};
 pub use golden::{GoldenError, Vectors};
 pub use report::{Report, Row, Tolerance, Verdict};
 
+/// Longest list of hashes that is read.
+const MAX_LIST_BYTES: u64 = 1 << 20;
 /// Threads of the parity run.
 const THREADS: usize = 2;
 
@@ -156,15 +158,13 @@ impl Parity {
         self.bundle.manifest().precision
     }
 
-    /// The variant, by the name of the checkpoint: the weights decide which vectors fit.
+    /// The variant: the weights decide which vectors fit. The reference set's own list of hashes
+    /// knows the checkpoint whatever it is called now; without one its name has to do.
     fn variant(&self) -> Option<Variant> {
-        let source = self
-            .bundle
-            .manifest()
-            .sources
-            .iter()
-            .find(|source| source.role == "mindeye")?;
-        match source.file.as_str() {
+        let sources = &self.bundle.manifest().sources;
+        let source = sources.iter().find(|source| source.role == "mindeye")?;
+        let recorded = self.recorded_name(&source.sha256);
+        match recorded.as_deref().unwrap_or(&source.file) {
             "last.pth" => Some(Variant::Main),
             "last_fp16.pth" => Some(Variant::Half),
             "last_legacy.pth" => Some(Variant::Legacy),
@@ -174,6 +174,20 @@ impl Parity {
             }
             _ => None,
         }
+    }
+
+    /// The name that `MANIFEST.sha256` of the reference set gives to a file of this hash.
+    fn recorded_name(&self, sha256: &str) -> Option<String> {
+        let path = self.golden.join("MANIFEST.sha256");
+        let mut text = String::new();
+        fs::File::open(path)
+            .ok()?
+            .take(MAX_LIST_BYTES)
+            .read_to_string(&mut text)
+            .ok()?;
+        let line = text.lines().find(|line| line.starts_with(sha256))?;
+        let name = line.split_whitespace().nth(1)?.trim_start_matches('*');
+        Some(name.rsplit('/').next().unwrap_or(name).to_owned())
     }
 
     fn vectors(&self, name: &str) -> Result<Option<Vectors>, CheckError> {

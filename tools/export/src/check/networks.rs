@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use bundle::StageName;
+use bundle::{StageName, TensorSpec};
 use decoder::Stage;
 use ndarray::{ArrayD, ArrayViewD, Axis, IxDyn};
 
@@ -195,6 +195,12 @@ impl Parity {
         let Some(stage) = self.stage(StageName::Backbone)? else {
             return Ok(vec![Row::absent("backbone", "no such stage")]);
         };
+        if !fits(
+            &fixed(stage.spec().input("ridge")),
+            vectors.floats("ridge_out")?.shape(),
+        ) {
+            return Ok(vec![Row::absent("backbone", "recorded for another width")]);
+        }
         let clock = Instant::now();
         let outputs = call(
             &stage,
@@ -632,18 +638,14 @@ impl Parity {
 
 /// Fixed axes of a stage's `latent` input.
 fn stage_latent(parity: &Parity, name: StageName) -> Vec<Option<u64>> {
-    let spec = parity
-        .bundle
-        .manifest()
-        .stages
-        .get(&name)
-        .and_then(|stage| stage.input("latent"));
-    spec.map(|latent| {
-        (0..latent.shape.len())
-            .map(|axis| latent.fixed(axis))
-            .collect()
-    })
-    .unwrap_or_default()
+    let stage = parity.bundle.manifest().stages.get(&name);
+    fixed(stage.and_then(|stage| stage.input("latent")))
+}
+
+/// Fixed axes; none where there is no such input.
+fn fixed(spec: Option<&TensorSpec>) -> Vec<Option<u64>> {
+    let axes = |spec: &TensorSpec| (0..spec.shape.len()).map(|axis| spec.fixed(axis)).collect();
+    spec.map(axes).unwrap_or_default()
 }
 
 fn fits(axes: &[Option<u64>], shape: &[usize]) -> bool {

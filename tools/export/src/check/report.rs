@@ -228,7 +228,7 @@ impl Report {
         writeln!(out, "{} bundle, {}", self.precision, self.arithmetic)?;
         writeln!(
             out,
-            "{:<16} {:<20} {:>10} {:>10} {:>11} {:>8} {:>9}  verdict",
+            "{:<20} {:<30} {:>10} {:>10} {:>11} {:>8} {:>9}  verdict",
             "vectors", "quantity", "max error", "tolerance", "cosine", "PSNR dB", "ms"
         )?;
         let number = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.1e}"));
@@ -239,7 +239,7 @@ impl Report {
         {
             writeln!(
                 out,
-                "{:<16} {:<20} {:>10} {:>10} {:>11} {:>8} {:>9}  {}{}{}",
+                "{:<20} {:<30} {:>10} {:>10} {:>11} {:>8} {:>9}  {}{}{}",
                 row.vectors,
                 row.quantity,
                 number(row.max_error),
@@ -263,7 +263,7 @@ impl Report {
             .iter()
             .filter(|row| row.verdict == Verdict::NotInThisBundle)
         {
-            writeln!(out, "{:<16} not in this bundle: {}", row.vectors, row.note)?;
+            writeln!(out, "{:<20} not in this bundle: {}", row.vectors, row.note)?;
         }
         let count = |verdict| {
             self.rows
