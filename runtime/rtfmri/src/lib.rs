@@ -1,7 +1,8 @@
 //! Real-time fMRI: bytes and arrays in, arrays out.
 //!
 //! A scanner's DICOM file becomes a [`Volume`] ([`dicom::decode`]), a [`Mask`] picks
-//! its voxels by world position, and the single-trial model ([`glm`]) turns a run of
+//! its voxels by world position, wherever the head has moved ([`motion`]), and the
+//! single-trial model ([`glm`]) turns a run of
 //! masked volumes into one beta per voxel, z-scored over trials ([`zscore`]).
 //! There is no file, no clock and no thread in this crate.
 
@@ -17,5 +18,6 @@ pub mod volume;
 pub mod zscore;
 
 pub use mask::{Mask, MaskError};
+pub use motion::{MotionError, Realigner, Rigid};
 pub use nifti::NiftiError;
-pub use volume::{SeriesUid, Volume, VolumeHeader};
+pub use volume::{PatientTag, SeriesUid, Volume, VolumeHeader};

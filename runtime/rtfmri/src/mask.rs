@@ -176,6 +176,12 @@ impl Mask {
     /// Finds the mask's grid in a volume, corner by corner.
     fn grid_in<'a>(&self, volume: &'a Volume) -> Result<Grid<'a>, MaskError> {
         let grid = Grid::of(volume)?;
+        if grid.shape.contains(&0) {
+            return Err(MaskError::Shape {
+                mask: self.shape,
+                volume: grid.shape,
+            });
+        }
         // The map between two grids is affine: where the corners fit, all voxels fit.
         let mut spans = [[usize::MAX, 0]; 3];
         for corner in 0..8_usize {
@@ -261,7 +267,7 @@ fn as_f64(index: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::volume::{SeriesUid, VolumeHeader};
+    use crate::volume::{PatientTag, SeriesUid, VolumeHeader};
 
     fn volume() -> Volume {
         Volume {
@@ -276,6 +282,7 @@ mod tests {
             ],
             header: VolumeHeader {
                 series_uid: SeriesUid::new("2.25.1"),
+                patient: PatientTag::default(),
                 acquisition: 1,
                 instance: None,
                 tr_ms: 1500.0,
@@ -299,6 +306,29 @@ mod tests {
         assert_eq!(values.to_vec(), [1.0, 342.0]);
         let again = Mask::from_nifti(&mask.to_nifti().unwrap()).unwrap();
         assert_eq!(again, mask);
+    }
+
+    #[test]
+    fn voxels_are_followed_where_the_head_moves() {
+        let mask = Mask::from_voxels([6, 5, 4], FLIPPED, &[[2, 2, 2], [3, 2, 1]]).unwrap();
+        let volume = volume();
+        let still = mask.sample_moved(&volume, &Rigid::identity()).unwrap();
+        for (moved, plain) in still.iter().zip(&mask.sample(&volume).unwrap()) {
+            assert!((moved - plain).abs() < 1e-3);
+        }
+    }
+
+    #[test]
+    fn empty_volume_is_refused() {
+        let mask = Mask::from_voxels([6, 5, 4], FLIPPED, &[[2, 2, 2]]).unwrap();
+        let mut volume = volume();
+        volume.voxels = Array3::zeros((4, 0, 6));
+        for outcome in [
+            mask.sample(&volume),
+            mask.sample_moved(&volume, &Rigid::identity()),
+        ] {
+            assert!(matches!(outcome, Err(MaskError::Shape { .. })));
+        }
     }
 
     #[test]

@@ -302,3 +302,118 @@ impl Elements {
         self.0.extend_from_slice(value);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array3;
+    use proptest::prelude::*;
+    use proptest::strategy::ValueTree;
+
+    use super::*;
+    use crate::dicom::decode;
+    use crate::volume::{Affine, PatientTag, VolumeHeader};
+
+    /// Any oblique grid: a rotation by two angles, three voxel sizes, an origin.
+    fn affine() -> impl Strategy<Value = Affine> {
+        let angles = prop::array::uniform2(-3.0_f64..3.0);
+        let sizes = prop::array::uniform3(0.5_f64..6.0);
+        let origin = prop::array::uniform3(-300.0_f64..300.0);
+        (angles, sizes, origin).prop_map(|([a, b], [x, y, z], origin)| {
+            let ((sin_a, cos_a), (sin_b, cos_b)) = (a.sin_cos(), b.sin_cos());
+            [
+                [cos_a * x, -sin_a * cos_b * y, sin_a * sin_b * z, origin[0]],
+                [sin_a * x, cos_a * cos_b * y, -cos_a * sin_b * z, origin[1]],
+                [0.0, sin_b * y, cos_b * z, origin[2]],
+                [0.0, 0.0, 0.0, 1.0],
+            ]
+        })
+    }
+
+    fn volume() -> impl Strategy<Value = Volume> {
+        let shape = (1_usize..12, 1_usize..9, 1_usize..9);
+        let times = prop::option::of(0.0_f64..40.0);
+        let numbers = (
+            1_u32..9999,
+            prop::option::of(0_u32..9999),
+            400.0_f64..9000.0,
+        );
+        (shape, affine(), times, numbers, any::<u64>()).prop_map(
+            |(shape, affine_lps, times, (acquisition, instance, tr_ms), seed)| Volume {
+                voxels: Array3::from_shape_fn(shape, |place| {
+                    let mut hasher = DefaultHasher::new();
+                    (seed, place).hash(&mut hasher);
+                    let bytes = hasher.finish().to_le_bytes();
+                    f32::from(u16::from_le_bytes([bytes[0], bytes[1]]))
+                }),
+                affine_lps,
+                header: VolumeHeader {
+                    series_uid: series_uid(u128::from(seed)),
+                    patient: PatientTag::default(),
+                    acquisition,
+                    instance,
+                    tr_ms,
+                    slice_times_ms: times.map(|step| {
+                        let slices = u32::try_from(shape.0).unwrap();
+                        (0..slices)
+                            .map(|slice| f64::from(slice) * step / 2.0)
+                            .collect()
+                    }),
+                },
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn written_volume_reads_back(volume in volume()) {
+            let found = decode(&encode(&volume).unwrap()).unwrap();
+            prop_assert_eq!(&found.voxels, &volume.voxels);
+            for (found, written) in found.affine_lps.iter().zip(&volume.affine_lps) {
+                for (found, written) in found.iter().zip(written) {
+                    prop_assert!((found - written).abs() < 1e-3, "{found} for {written}");
+                }
+            }
+            prop_assert!((found.header.tr_ms - volume.header.tr_ms).abs() < 1e-9);
+            prop_assert_eq!(&found.header.slice_times_ms, &volume.header.slice_times_ms);
+            prop_assert_eq!(&found.header.series_uid, &volume.header.series_uid);
+            prop_assert_eq!(found.header.patient, volume.header.patient);
+            prop_assert_eq!(found.header.acquisition, volume.header.acquisition);
+            prop_assert_eq!(found.header.instance, volume.header.instance);
+            prop_assert_eq!(encode(&volume), encode(&volume));
+        }
+
+        #[test]
+        fn changed_bytes_of_a_file_give_an_answer(
+            volume in volume(),
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..20),
+        ) {
+            let mut bytes = encode(&volume).unwrap();
+            for (index, value) in changes {
+                let at = index.index(bytes.len());
+                bytes[at] = value;
+            }
+            if let Ok(found) = decode(&bytes) {
+                prop_assert!(found.voxels.len() * 2 <= bytes.len());
+            }
+        }
+
+        #[test]
+        fn any_cut_of_a_file_is_refused(volume in volume(), cut in any::<prop::sample::Index>()) {
+            let bytes = encode(&volume).unwrap();
+            prop_assert!(decode(&bytes[..cut.index(bytes.len())]).is_err());
+        }
+    }
+
+    #[test]
+    fn voxels_that_are_no_stored_value_are_refused() {
+        let mut runner = proptest::test_runner::TestRunner::deterministic();
+        let mut volume = volume().new_tree(&mut runner).unwrap().current();
+        for value in [-1.0, 65_536.0, 0.5, f32::NAN, f32::INFINITY] {
+            volume.voxels.fill(value);
+            assert!(matches!(
+                encode(&volume),
+                Err(MosaicError::VoxelValue { .. })
+            ));
+        }
+    }
+}

@@ -28,6 +28,10 @@ const MAX_POINTS: usize = 20_000;
 const MIN_POINTS: usize = 200;
 /// A voxel brighter than this share of the head's mean belongs to the head.
 const HEAD_SHARE: f64 = 0.3;
+/// A head whose values spread less than this share of their mean is no head.
+const MIN_SPREAD: f64 = 1e-3;
+/// A volume that resembles the realigned reference less than this is not of its run.
+const MIN_CORRELATION: f64 = 0.5;
 /// Largest motion believed: beyond it the head is not the reference's.
 const MAX_SHIFT_MM: f64 = 40.0;
 const MAX_TURN_RAD: f64 = 0.6;
@@ -59,6 +63,16 @@ pub enum MotionError {
     /// The image does not determine a motion: it is flat, or holds what is no number.
     #[error("volume has too little structure to determine a motion")]
     Undetermined,
+    /// Realigned as well as can be, the volume still does not look like the reference.
+    #[error(
+        "volume correlates with the reference by {correlation:.2}, at least {least} is expected"
+    )]
+    Unlike {
+        /// Least correlation expected.
+        least: f64,
+        /// Correlation found.
+        correlation: f64,
+    },
     /// The search left the range of a head in a coil.
     #[error("motion of {shift_mm:.1} mm and {turn_rad:.2} rad is not believed")]
     TooFar {
@@ -129,6 +143,15 @@ impl Rigid {
     fn homogeneous(&self) -> Matrix4<f64> {
         let shift = self.shift + self.centre - self.rotation * self.centre;
         self.rotation.to_homogeneous().append_translation(&shift)
+    }
+
+    /// The same motion, its turn about another centre.
+    fn about(&self, centre: Vector3<f64>) -> Self {
+        Self {
+            rotation: self.rotation,
+            shift: Vector3::from(self.apply(centre.into())) - centre,
+            centre,
+        }
     }
 
     /// This motion after the inverse of a small one about the same centre.
@@ -216,16 +239,20 @@ impl Realigner {
             });
         }
         let inverse = inverse(&volume.affine_lps)?;
-        let mut motion = Rigid {
-            rotation: start.rotation,
-            shift: Vector3::from(start.apply(self.centre.into())) - self.centre,
-            centre: self.centre,
+        let splines = self
+            .levels
+            .iter()
+            .map(|level| blurred(volume, level.fwhm_mm));
+        let splines = splines.collect::<Result<Vec<_>, _>>()?;
+        let from = |start: &Rigid| {
+            let mut motion = start.about(self.centre);
+            for (level, spline) in self.levels.iter().zip(&splines) {
+                motion = level.descend(spline, &inverse, self.shape, motion)?;
+            }
+            Ok(motion)
         };
-        for level in &self.levels {
-            let spline = blurred(volume, level.fwhm_mm)?;
-            motion = level.descend(&spline, &inverse, self.shape, motion)?;
-        }
-        Ok(motion)
+        // A start that leads astray must not lose the rest of the run.
+        from(start).or_else(|_| from(&Rigid::identity()))
     }
 }
 
@@ -254,10 +281,15 @@ impl Level {
                 found: head.len(),
             });
         }
-        let keep_every = head.len().div_ceil(MAX_POINTS);
-        // Every so many along the file's order would follow the grid; a shuffled order does not.
-        head = shuffled(head);
-        head.truncate(head.len() / keep_every);
+        let (mean, spread) = moments(head.iter().map(|(_, value)| *value));
+        if spread.is_nan() || spread < MIN_SPREAD * mean {
+            return Err(MotionError::Undetermined);
+        }
+        if head.len() > MAX_POINTS {
+            // Every so many in the grid's order would leave out whole columns.
+            head = shuffled(head);
+            head.truncate(MAX_POINTS);
+        }
         let points = head.into_iter().map(|&(at, value)| {
             let slope = |axis: usize| {
                 let shifted = |by: f64| {
@@ -265,7 +297,7 @@ impl Level {
                     at[axis] += by;
                     f64::from(spline.value(at))
                 };
-                (shifted(0.5) - shifted(-0.5)) / 1.0
+                shifted(0.5) - shifted(-0.5)
             };
             let gradient = turn * Vector3::new(slope(0), slope(1), slope(2));
             let place = Vector3::from(reference.position_lps(at)) - centre;
@@ -330,7 +362,32 @@ impl Level {
             }
             self.weigh(&values, &solved, &mut weights);
         }
-        Ok(motion)
+        let correlation = self.correlation(&values);
+        if correlation >= MIN_CORRELATION {
+            return Ok(motion);
+        }
+        Err(MotionError::Unlike {
+            least: MIN_CORRELATION,
+            correlation,
+        })
+    }
+
+    /// How much the volume's values go with the reference's, 0 where either is flat.
+    fn correlation(&self, values: &[Option<f64>]) -> f64 {
+        let pairs = self.points.iter().zip(values);
+        let pairs = pairs.filter_map(|(point, value)| value.map(|value| (point.slopes[6], value)));
+        let (mean_a, spread_a) = moments(pairs.clone().map(|(a, _)| a));
+        let (mean_b, spread_b) = moments(pairs.clone().map(|(_, b)| b));
+        let (product, _) = moments(pairs.map(|(a, b)| (a - mean_a) * (b - mean_b)));
+        if spread_b < MIN_SPREAD * mean_b.abs() {
+            return 0.0;
+        }
+        let correlation = product / (spread_a * spread_b);
+        if correlation.is_nan() {
+            0.0
+        } else {
+            correlation
+        }
     }
 
     /// Weighs each point by how far its residual lies from what the others show.
@@ -338,7 +395,12 @@ impl Level {
         let residual = |(point, value): (&Point, &Option<f64>)| {
             value.map(|value| (value - point.slopes.dot(solved)).abs())
         };
-        let mut sizes: Vec<f64> = self.points.iter().zip(values).filter_map(residual).collect();
+        let mut sizes: Vec<f64> = self
+            .points
+            .iter()
+            .zip(values)
+            .filter_map(residual)
+            .collect();
         if sizes.is_empty() {
             return;
         }
@@ -385,24 +447,178 @@ fn blurred(volume: &Volume, fwhm_mm: f64) -> Result<Spline, MotionError> {
 
 /// The mean of what is brighter than the mean.
 fn head_limit(values: impl Iterator<Item = f64> + Clone) -> f64 {
-    let mean = |values: &mut dyn Iterator<Item = f64>| {
-        let (mut sum, mut len) = (0.0, 0.0);
-        for value in values {
-            sum += value;
-            len += 1.0;
-        }
-        sum / f64::max(len, 1.0)
-    };
-    let all = mean(&mut values.clone());
-    mean(&mut values.filter(|value| *value > all))
+    let (all, _) = moments(values.clone());
+    let (bright, _) = moments(values.filter(|value| *value > all));
+    bright
+}
+
+/// Mean and population standard deviation; NaN of nothing.
+fn moments(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
+    let (sum, len) = values
+        .clone()
+        .fold((0.0, 0.0), |(sum, len), value| (sum + value, len + 1.0));
+    let mean = sum / len;
+    let squares: f64 = values.map(|value| (value - mean).powi(2)).sum();
+    (mean, (squares / len).sqrt())
 }
 
 /// The same items in an order that follows no grid, the same every time.
 fn shuffled<T>(items: Vec<T>) -> Vec<T> {
     let mut keyed: Vec<(u32, T)> = (0_u32..)
-        .map(|i| i.wrapping_mul(0x9e37_79b1).swap_bytes().wrapping_mul(0x85eb_ca6b))
+        .map(|i| {
+            i.wrapping_mul(0x9e37_79b1)
+                .swap_bytes()
+                .wrapping_mul(0x85eb_ca6b)
+        })
         .zip(items)
         .collect();
     keyed.sort_by_key(|(key, _)| *key);
     keyed.into_iter().map(|(_, item)| item).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array3;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::volume::{PatientTag, SeriesUid, VolumeHeader};
+
+    /// A head of smooth lumps, known everywhere; LPS, millimetres.
+    fn head([x, y, z]: [f64; 3]) -> f64 {
+        let inside = 1.0 - (x / 60.0).powi(2) - (y / 75.0).powi(2) - (z / 55.0).powi(2);
+        let skull = 1.0 / (1.0 + (-12.0 * inside).exp());
+        let lumps = (x / 9.0).sin() * (y / 11.0 + 1.0).cos() + (z / 10.0 + x / 20.0).sin();
+        skull * (600.0 + 120.0 * lumps)
+    }
+
+    /// The head as a tilted grid shows it once it has moved.
+    fn volume(motion: &Rigid) -> Volume {
+        let tilt = Rotation3::from_euler_angles(0.1, -0.05, 0.2);
+        let axes = tilt.matrix() * Matrix3::from_diagonal(&Vector3::new(3.0, 3.5, 4.0));
+        let (slices, rows, columns) = (24, 44, 40);
+        let origin = -(axes * Vector3::new(19.5, 21.5, 11.5)) + Vector3::new(2.0, -3.0, 5.0);
+        let mut affine_lps = [[0.0, 0.0, 0.0, 1.0]; 4];
+        for (row, line) in affine_lps[..3].iter_mut().enumerate() {
+            *line = [axes[(row, 0)], axes[(row, 1)], axes[(row, 2)], origin[row]];
+        }
+        let mut volume = Volume {
+            voxels: Array3::zeros((slices, rows, columns)),
+            affine_lps,
+            header: VolumeHeader {
+                series_uid: SeriesUid::new("2.25.1"),
+                patient: PatientTag::default(),
+                acquisition: 1,
+                instance: None,
+                tr_ms: 1500.0,
+                slice_times_ms: None,
+            },
+        };
+        let back = motion.homogeneous().try_inverse().unwrap();
+        volume.voxels = Array3::from_shape_fn((slices, rows, columns), |(k, j, i)| {
+            let place = volume.position_lps([count(i), count(j), count(k)]);
+            let place = back.transform_point(&place.into());
+            #[expect(clippy::cast_possible_truncation, reason = "a voxel's value")]
+            let value = head(place.coords.into()) as f32;
+            value
+        });
+        volume
+    }
+
+    fn rigid(shift: [f64; 3], turn: [f64; 3], centre: [f64; 3]) -> Rigid {
+        Rigid {
+            rotation: Rotation3::from_euler_angles(turn[0], turn[1], turn[2]),
+            shift: shift.into(),
+            centre: centre.into(),
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(8))]
+        #[test]
+        fn known_motion_is_found(
+            shift in prop::array::uniform3(-4.0_f64..4.0),
+            turn in prop::array::uniform3(-0.06_f64..0.06),
+        ) {
+            let truth = rigid(shift, turn, [2.0, -3.0, 5.0]);
+            let realigner = Realigner::new(&volume(&Rigid::identity())).unwrap();
+            let found = realigner.realign(&volume(&truth), &Rigid::identity()).unwrap();
+            for place in [[50.0, 0.0, 0.0], [0.0, 50.0, 0.0], [0.0, -30.0, 40.0]] {
+                let off = Vector3::from(found.apply(place)) - Vector3::from(truth.apply(place));
+                prop_assert!(off.norm() < 0.05, "{} mm at {place:?}", off.norm());
+            }
+            for (found, truth) in found.parameters().iter().zip(truth.parameters()) {
+                prop_assert!((found - truth).abs() < 0.05);
+            }
+        }
+
+        #[test]
+        fn motion_and_its_matrix_agree_whatever_the_centre(
+            shift in prop::array::uniform3(-9.0_f64..9.0),
+            turn in prop::array::uniform3(-0.3_f64..0.3),
+            centre in prop::array::uniform3(-90.0_f64..90.0),
+            place in prop::array::uniform3(-90.0_f64..90.0),
+        ) {
+            let motion = rigid(shift, turn, centre);
+            let moved = Vector3::from(motion.apply(place));
+            let matrix = crate::volume::apply(&motion.matrix_lps(), place);
+            prop_assert!((moved - Vector3::from(matrix)).norm() < 1e-9);
+            let other = motion.about(Vector3::new(7.0, -80.0, 3.0)).apply(place);
+            prop_assert!((moved - Vector3::from(other)).norm() < 1e-9);
+            let [x, y, z] = place;
+            let [x, y, z] = crate::volume::apply(&motion.matrix_ras(), [-x, -y, z]);
+            prop_assert!((moved - Vector3::new(-x, -y, z)).norm() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn start_that_leads_astray_is_given_up() {
+        let realigner = Realigner::new(&volume(&Rigid::identity())).unwrap();
+        let astray = rigid([500.0, 0.0, 0.0], [0.0; 3], [0.0; 3]);
+        let found = realigner.realign(&volume(&Rigid::identity()), &astray);
+        let [x, ..] = found.unwrap().apply([0.0; 3]);
+        assert!(x.abs() < 1e-3);
+    }
+
+    #[test]
+    fn brighter_volume_does_not_move_the_head() {
+        let truth = rigid([1.0, -2.0, 0.5], [0.01, 0.0, -0.02], [0.0; 3]);
+        let realigner = Realigner::new(&volume(&Rigid::identity())).unwrap();
+        let mut bright = volume(&truth);
+        bright.voxels *= 1.7;
+        let found = realigner.realign(&bright, &Rigid::identity()).unwrap();
+        let off = Vector3::from(found.apply([40.0; 3])) - Vector3::from(truth.apply([40.0; 3]));
+        assert!(off.norm() < 0.05, "{} mm", off.norm());
+    }
+
+    #[test]
+    fn volumes_without_a_head_are_refused() {
+        let reference = volume(&Rigid::identity());
+        let realigner = Realigner::new(&reference).unwrap();
+        for value in [0.0, 5.0, f32::NAN, f32::MAX] {
+            let mut empty = reference.clone();
+            empty.voxels.fill(value);
+            assert!(Realigner::new(&empty).is_err(), "reference of {value}");
+            let found = realigner.realign(&empty, &Rigid::identity());
+            assert!(found.is_err(), "volume of {value}: {found:?}");
+        }
+        let mut noise = reference.clone();
+        let mut state = 1_u32;
+        noise.voxels.mapv_inplace(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            f32::from(state.to_be_bytes()[0])
+        });
+        let found = realigner.realign(&noise, &Rigid::identity());
+        assert!(found.is_err(), "noise: {found:?}");
+        let mut thin = reference.clone();
+        thin.voxels = Array3::ones((1, 64, 64));
+        assert!(matches!(
+            Realigner::new(&thin),
+            Err(MotionError::TooFewPoints { found: 0, .. })
+        ));
+        assert!(matches!(
+            realigner.realign(&thin, &Rigid::identity()),
+            Err(MotionError::Shape { .. })
+        ));
+    }
 }

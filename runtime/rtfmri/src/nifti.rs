@@ -12,7 +12,9 @@ use ndarray::Array3;
 use crate::volume::Affine;
 
 /// The largest image that is unpacked, bytes.
-const MAX_BYTES: usize = 256 << 20;
+const MAX_BYTES: usize = 64 << 20;
+/// No grid of a functional run has more voxels; the values kept are eight bytes each.
+const MAX_VOXELS: usize = 4 << 20;
 const HEADER_BYTES: usize = 352;
 
 /// Why bytes are not an image that we read.
@@ -26,6 +28,12 @@ pub enum NiftiError {
     TooLarge {
         /// The limit.
         limit: usize,
+    },
+    /// The grid is larger than any functional run's.
+    #[error("image of {shape:?} voxels, at most {MAX_VOXELS} are read")]
+    TooManyVoxels {
+        /// The grid's sides.
+        shape: [usize; 3],
     },
     /// Not a single-file NIfTI-1 image.
     #[error("not a single-file NIfTI-1 image")]
@@ -155,8 +163,11 @@ fn read_plain(bytes: &[u8]) -> Result<Image, NiftiError> {
         fields.f32(108),
         "a whole number from 352 to the file's length",
     ))?;
-    let count = shape[0] * shape[1] * shape[2];
-    let expected = count.saturating_mul(width);
+    let count = shape.into_iter().fold(1, usize::saturating_mul);
+    if count > MAX_VOXELS {
+        return Err(NiftiError::TooManyVoxels { shape });
+    }
+    let expected = count * width;
     let found = bytes.len().saturating_sub(start);
     if found < expected {
         return Err(NiftiError::Truncated { expected, found });
@@ -308,6 +319,8 @@ fn single(value: f64) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const AFFINE: Affine = [
@@ -330,6 +343,49 @@ mod tests {
         let packed = write(&Array3::ones((3, 4, 5)), &AFFINE).unwrap();
         for end in 0..packed.len() - 8 {
             assert!(read(&packed[..end]).is_err(), "cut at {end}");
+        }
+    }
+
+    #[test]
+    fn gzip_bomb_is_refused_at_the_limit() {
+        let mut packer = GzEncoder::new(Vec::new(), Compression::fast());
+        for _ in 0..MAX_BYTES / (1 << 20) + 1 {
+            packer.write_all(&[0; 1 << 20]).unwrap();
+        }
+        let bomb = packer.finish().unwrap();
+        assert!(bomb.len() < 1 << 20);
+        assert!(matches!(read(&bomb), Err(NiftiError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn grid_larger_than_any_run_is_refused() {
+        let mut header = vec![0; 4096];
+        header[..4].copy_from_slice(&348_i32.to_le_bytes());
+        for (at, value) in [(40, 3_i16), (42, 32767), (44, 32767), (46, 32767), (70, 2)] {
+            header[at..at + 2].copy_from_slice(&value.to_le_bytes());
+        }
+        header[108..112].copy_from_slice(&352_f32.to_le_bytes());
+        header[344..348].copy_from_slice(b"n+1\0");
+        assert!(matches!(
+            read(&header),
+            Err(NiftiError::TooManyVoxels { .. })
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn changed_bytes_give_an_answer(
+            changes in prop::collection::vec((0_usize..400, any::<u8>()), 0..12),
+        ) {
+            let packed = write(&Array3::ones((3, 4, 5)), &AFFINE).unwrap();
+            let mut plain = Vec::new();
+            MultiGzDecoder::new(packed.as_slice()).read_to_end(&mut plain).unwrap();
+            for (at, value) in changes {
+                plain[at] = value;
+            }
+            if let Ok(image) = read(&plain) {
+                prop_assert!(image.values.len() <= plain.len());
+            }
         }
     }
 }

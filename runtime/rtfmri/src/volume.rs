@@ -35,11 +35,38 @@ impl fmt::Debug for SeriesUid {
     }
 }
 
+/// Tells one patient's volumes from another's; compares, and never shows itself.
+///
+/// A run's volumes all have the same tag. It is made from the header's patient
+/// module, of which nothing else is kept; a file that names nobody has the default tag.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub struct PatientTag(Option<u64>);
+
+impl PatientTag {
+    /// - `parts`: what the header says of the patient, in a fixed order.
+    pub(crate) fn of(parts: &[Option<String>]) -> Self {
+        if parts.iter().flatten().all(String::is_empty) {
+            return Self(None);
+        }
+        let mut hasher = DefaultHasher::new();
+        parts.hash(&mut hasher);
+        Self(Some(hasher.finish()))
+    }
+}
+
+impl fmt::Debug for PatientTag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PatientTag")
+    }
+}
+
 /// What is kept of a volume's header; nothing of it names the patient.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VolumeHeader {
     /// The series this volume belongs to.
     pub series_uid: SeriesUid,
+    /// Whose it is; differs where another patient's file has the same series.
+    pub patient: PatientTag,
     /// The volume's number in the run, from 1.
     pub acquisition: u32,
     /// The instance number within the series, where the header has one.

@@ -14,7 +14,7 @@ use dicom_object::DefaultDicomObject;
 use dicom_object::file::{OpenFileOptions, ReadPreamble};
 use ndarray::Array3;
 
-use crate::volume::{Affine, SeriesUid, Volume, VolumeHeader};
+use crate::volume::{Affine, PatientTag, SeriesUid, Volume, VolumeHeader};
 
 /// Siemens' private image header.
 pub(crate) const CSA_IMAGE_HEADER: Tag = Tag(0x0029, 0x1010);
@@ -180,6 +180,7 @@ pub fn decode(bytes: &[u8]) -> Result<Volume, DicomError> {
         affine_lps,
         header: VolumeHeader {
             series_uid: SeriesUid::new(series_uid),
+            patient: header.patient(),
             acquisition,
             instance: header.whole(tags::INSTANCE_NUMBER),
             tr_ms,
@@ -231,6 +232,15 @@ impl Header<'_> {
 
     fn number(&self, tag: Tag, element: &'static str) -> Result<f64, DicomError> {
         self.numbers::<1>(tag, element).map(|[number]| number)
+    }
+
+    fn patient(&self) -> PatientTag {
+        let parts = [
+            tags::PATIENT_ID,
+            tags::PATIENT_NAME,
+            tags::PATIENT_BIRTH_DATE,
+        ];
+        PatientTag::of(&parts.map(|tag| self.text(tag)))
     }
 
     /// Refuses by name what is not a Siemens mosaic.

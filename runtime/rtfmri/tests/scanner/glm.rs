@@ -91,7 +91,9 @@ fn ordinary_least_squares_equals_nilearn() {
             let scored = matrix(dir.join(format!("zscored_{name}_ols.npy")));
             let off = worst_by_voxel(&scores(found.view()), &scored);
             let off = off.fold(0.0, |a: f64, b| a.max(*b));
-            eprintln!("{run} {name} ols: betas off by {share:.1e} of their RMS, scores by {off:.1e}");
+            eprintln!(
+                "{run} {name} ols: betas off by {share:.1e} of their RMS, scores by {off:.1e}"
+            );
             assert!(share <= tolerance::BETA, "{run} {name}");
             assert!(off <= tolerance::Z_SCORE, "{run} {name}");
         }
@@ -137,7 +139,10 @@ fn designs_equal_nilearn() {
                 assert_eq!(found.dim(), expected.dim(), "{run} {name} trial {trial}");
                 let off = (&found - &expected).abs();
                 let worst = off.fold(0.0, |a: f64, b| a.max(*b));
-                assert!(worst <= tolerance::DESIGN, "{run} {name} {trial}: {worst:e}");
+                assert!(
+                    worst <= tolerance::DESIGN,
+                    "{run} {name} {trial}: {worst:e}"
+                );
             }
         }
     }

@@ -7,10 +7,8 @@
 //! - `no_crash`: an error, or the true volume of the file that it was made from.
 //! - `reject_or_ignore`: an error, except for a well-formed volume that only its run makes
 //!   wrong (another series, another geometry, another patient). Such a file decodes here
-//!   and the caller, who holds the run, refuses it: its `series_uid`, shape, affine or
-//!   acquisition number differ from the run's, which is asserted. A patient's identity is
-//!   no part of a [`Volume`], so a file that differs in nothing else looks like a volume
-//!   seen before: the caller refuses its acquisition number as taken.
+//!   and the caller, who holds the run, refuses it: its `series_uid`, `patient`, shape or
+//!   affine differ from the run's, which is asserted.
 
 use std::panic::catch_unwind;
 
@@ -55,7 +53,7 @@ fn is_foreign(volume: &Volume, truth: &Volume) -> bool {
     volume.header.series_uid != truth.header.series_uid
         || volume.voxels.dim() != truth.voxels.dim()
         || volume.affine_lps != truth.affine_lps
-        || volume.header.acquisition == truth.header.acquisition
+        || volume.header.patient != truth.header.patient
 }
 
 #[test]

@@ -103,12 +103,7 @@ fn folder(path: impl AsRef<Path>) -> Vec<(String, Vec<u8>)> {
     let mut files: Vec<_> = std::fs::read_dir(path)
         .unwrap()
         .map(|entry| entry.unwrap())
-        .map(|entry| {
-            (
-                entry.file_name().into_string().unwrap(),
-                read(entry.path()),
-            )
-        })
+        .map(|entry| (entry.file_name().into_string().unwrap(), read(entry.path())))
         .collect();
     files.sort();
     files

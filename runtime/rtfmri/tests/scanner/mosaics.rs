@@ -129,11 +129,16 @@ fn compare(what: &str, found: &Volume, image: &[u8], tr_s: f64, description: &Va
     let tr_ms = found.header.tr_ms;
     let off_ms = (tr_ms - tr_s * 1000.0).abs();
     assert!(off_ms <= tolerance::TR_MS, "{what}: {tr_ms} ms");
-    assert_eq!(description["InstanceNumber"], found.header.instance.unwrap());
+    assert_eq!(
+        description["InstanceNumber"],
+        found.header.instance.unwrap()
+    );
     assert_eq!(description["AcquisitionNumber"], found.header.acquisition);
 
     let times = &description["slice_timing_s_from_this_file"];
-    let Some(times) = times.as_array() else { return };
+    let Some(times) = times.as_array() else {
+        return;
+    };
     let own = found.header.slice_times_ms.as_ref().unwrap();
     assert_eq!(own.len(), slices, "{what}");
     for (slice, own_ms) in own.iter().enumerate() {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use nalgebra::{Matrix4, Rotation3, Vector3};
 use ndarray::Array3;
 use rtfmri::motion::{Realigner, Rigid};
-use rtfmri::{SeriesUid, Volume, VolumeHeader};
+use rtfmri::{PatientTag, SeriesUid, Volume, VolumeHeader};
 use serde_json::Value;
 
 use crate::{json, read, scanner, tolerance};
@@ -57,9 +57,8 @@ fn volumes(packed: &[u8], truth: &Value) -> Vec<Volume> {
     flate2::read::GzDecoder::new(packed)
         .read_to_end(&mut bytes)
         .unwrap();
-    let sides: [usize; 4] = std::array::from_fn(|axis| {
-        usize::try_from(truth["dim"][axis].as_u64().unwrap()).unwrap()
-    });
+    let sides: [usize; 4] =
+        std::array::from_fn(|axis| usize::try_from(truth["dim"][axis].as_u64().unwrap()).unwrap());
     let [columns, rows, slices, _] = sides;
     let affine = to_matrix(&truth["affine_ijk_to_ras_mm"]);
     let affine_lps = std::array::from_fn(|row| {
@@ -75,6 +74,7 @@ fn volumes(packed: &[u8], truth: &Value) -> Vec<Volume> {
         affine_lps,
         header: VolumeHeader {
             series_uid: SeriesUid::new("2.25.1"),
+            patient: PatientTag::default(),
             acquisition: number,
             instance: None,
             tr_ms: 1500.0,

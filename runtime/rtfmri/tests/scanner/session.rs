@@ -97,14 +97,28 @@ fn betas_of_the_simulated_run_are_recovered() {
     let mut errors = Vec::new();
     for (row, volume) in volumes.iter().enumerate() {
         motion = realigner.realign(volume, &motion).unwrap();
-        moved.row_mut(row).assign(&mask.sample_moved(volume, &motion).unwrap());
-        confounds.row_mut(row).assign(&Array1::from_iter(motion.parameters()));
-        errors.push(error_mm(&from_parameters(&truth["motion_params_txyz_mm_rxyz_deg"][row], centre), &ras(&motion), centre));
+        moved
+            .row_mut(row)
+            .assign(&mask.sample_moved(volume, &motion).unwrap());
+        confounds
+            .row_mut(row)
+            .assign(&Array1::from_iter(motion.parameters()));
+        errors.push(error_mm(
+            &from_parameters(&truth["motion_params_txyz_mm_rxyz_deg"][row], centre),
+            &ras(&motion),
+            centre,
+        ));
         for column in 0..6 {
-            true_confounds[[row, column]] = truth["motion_params_txyz_mm_rxyz_deg"][row][column].as_f64().unwrap();
+            true_confounds[[row, column]] = truth["motion_params_txyz_mm_rxyz_deg"][row][column]
+                .as_f64()
+                .unwrap();
         }
     }
-    eprintln!("motion error mean {:.4} max {:.4}", errors.iter().sum::<f64>() / 120.0, errors.iter().fold(0.0_f64, |a, b| a.max(*b)));
+    eprintln!(
+        "motion error mean {:.4} max {:.4}",
+        errors.iter().sum::<f64>() / 120.0,
+        errors.iter().fold(0.0_f64, |a, b| a.max(*b))
+    );
     for noise in [Noise::Ols, Noise::Ar1] {
         for (name, data, confounds) in [
             ("none none", &series, None),

@@ -462,7 +462,7 @@ impl Machine<'_> {
 
     fn set_items(&mut self, items: Vec<Id>) -> Step<()> {
         let id = self.top()?;
-        if items.len() % 2 != 0 {
+        if !items.len().is_multiple_of(2) {
             return self.malformed("keys and values in pairs");
         }
         match &mut self.values[id] {

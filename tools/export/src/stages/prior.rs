@@ -402,6 +402,12 @@ mod tests {
     use super::bucket;
 
     /// `RelPosBias._relative_position_bucket` of DALLE2-pytorch with 32 buckets, in single precision as there.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "distances are small and the logarithm is positive"
+    )]
     fn slow_bucket(distance: u64) -> u64 {
         let n = distance as f32;
         if n < 16.0 {
