@@ -31,9 +31,9 @@ mod tolerance {
     /// A z-score in double precision.
     pub(crate) const Z_SCORE: f64 = 1e-6;
     /// RMS distance from the true motion over a 50 mm sphere, mean over volumes, mm.
-    pub(crate) const MOTION_MEAN_MM: f64 = 0.15;
+    pub(crate) const MOTION_MEAN_MM: f64 = 0.05;
     /// The same, of the worst volume, mm.
-    pub(crate) const MOTION_WORST_MM: f64 = 0.5;
+    pub(crate) const MOTION_WORST_MM: f64 = 0.1;
     /// A sample of the response, share of the largest.
     pub(crate) const RESPONSE: f64 = 1e-9;
     /// A value of a design, which the files give to 12 digits.
