@@ -7,8 +7,7 @@
 //! Nothing here knows a patient's name or which stimulus was shown; whoever fills the [`Board`]
 //! keeps both out of its labels.
 
-
+pub mod board;
 pub mod png;
 
-
-
+pub use board::{Board, BoardError, Kind, RoleState, SessionInfo, Shown};

@@ -258,8 +258,12 @@ mod tests {
         (0..height)
             .flat_map(|row| (0..width).map(move |column| (row, column)))
             .flat_map(|(row, column)| {
-                [row * 255 / height, column * 255 / width, (row ^ column) % 256]
-                    .map(|value| u8::try_from(value).unwrap())
+                [
+                    row * 255 / height,
+                    column * 255 / width,
+                    (row ^ column) % 256,
+                ]
+                .map(|value| u8::try_from(value).unwrap())
             })
             .collect()
     }
@@ -327,7 +331,10 @@ mod tests {
             encode(u32::MAX, u32::MAX, &[], &[]),
             Err(PngError::Length { .. })
         ));
-        assert!(matches!(encode(0, 4, &[], &[]), Err(PngError::Empty { .. })));
+        assert!(matches!(
+            encode(0, 4, &[], &[]),
+            Err(PngError::Empty { .. })
+        ));
     }
 
     #[test]
@@ -363,7 +370,10 @@ mod tests {
     fn truncated_file_is_refused_at_every_length() {
         let file = encode(16, 16, &gradient(16, 16), &[("Software", "x")]).unwrap();
         for len in 0..file.len() {
-            assert!(decode(&file[..len], Limits::default()).is_err(), "{len} bytes");
+            assert!(
+                decode(&file[..len], Limits::default()).is_err(),
+                "{len} bytes"
+            );
         }
     }
 
@@ -384,7 +394,11 @@ mod tests {
     fn other_colour_types_become_rgb() {
         let gray = written(ColorType::Grayscale, BitDepth::Eight, &[10, 200]);
         let deep = written(ColorType::Grayscale, BitDepth::Sixteen, &[10, 0, 200, 0]);
-        let opaque = written(ColorType::GrayscaleAlpha, BitDepth::Eight, &[10, 255, 200, 255]);
+        let opaque = written(
+            ColorType::GrayscaleAlpha,
+            BitDepth::Eight,
+            &[10, 255, 200, 255],
+        );
         for file in [gray, deep, opaque] {
             let picture = decode(&file, Limits::default()).unwrap();
             assert_eq!(picture.rgb, [10, 10, 10, 200, 200, 200]);
