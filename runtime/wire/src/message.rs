@@ -1,0 +1,239 @@
+//! The messages. None carries a patient's name; the series UID stays between parser and acquire.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Changes whenever a message does; processes of different versions refuse each other.
+pub const PROTOCOL: u32 = 1;
+
+/// A role of the appliance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RoleName {
+    /// Volumes, runs, betas, the session record.
+    Acquire,
+    /// One scanner file at a time.
+    Parse,
+    /// The bundle and the pictures.
+    Decode,
+    /// Pages and display.
+    Show,
+}
+
+impl RoleName {
+    /// The name in commands and messages.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            RoleName::Acquire => "acquire",
+            RoleName::Parse => "parse",
+            RoleName::Decode => "decode",
+            RoleName::Show => "show",
+        }
+    }
+}
+
+impl fmt::Display for RoleName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The first message on every connection, from the one who connects.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`PROTOCOL`].
+    pub protocol: u32,
+    /// Who connects.
+    pub role: RoleName,
+}
+
+/// The parser's answer to one file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ParseReply {
+    /// The file holds this volume.
+    Volume(VolumeMessage),
+    /// The file is refused; the text carries no header value.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A volume on its way from the parser.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+pub struct VolumeMessage {
+    /// `[slice, row, column]`.
+    pub shape: [u32; 3],
+    /// Row-major, scanner units.
+    pub voxels: Vec<f32>,
+    /// `(column, row, slice)` indices to patient LPS, millimetres.
+    pub affine_lps: [[f64; 4]; 4],
+    /// Leads back to the patient: for comparing, never for showing.
+    pub series_uid: String,
+    /// Number in the run, from 1.
+    pub number: u32,
+    /// Repetition time, milliseconds.
+    pub tr_ms: f64,
+}
+
+impl fmt::Debug for VolumeMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VolumeMessage")
+            .field("shape", &self.shape)
+            .field("number", &self.number)
+            .field("tr_ms", &self.tr_ms)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What acquire tells decode and show.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FromAcquire {
+    /// The session in progress; first on every connection.
+    Session(SessionMessage),
+    /// A run began.
+    RunStarted {
+        /// Run within the session, from 1.
+        run: u32,
+        /// Repetition time, milliseconds.
+        tr_ms: f64,
+        /// Trials in the events file.
+        trials: u32,
+    },
+    /// A volume is in.
+    Volume {
+        /// Run.
+        run: u32,
+        /// Volume, from 1.
+        volume: u32,
+        /// From the file's arrival to its masked voxels, milliseconds.
+        took_ms: f64,
+    },
+    /// A trial's response is estimated.
+    Trial(TrialMessage),
+    /// Something an operator must know, as a sentence.
+    Fault {
+        /// The sentence.
+        text: String,
+    },
+}
+
+/// The session that everything belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionMessage {
+    /// Folder name of the record.
+    pub id: String,
+    /// What the operator called it.
+    pub label: String,
+    /// Seed of all noise.
+    pub seed: u64,
+}
+
+/// One trial, ready to decode.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrialMessage {
+    /// Run, from 1.
+    pub run: u32,
+    /// Trial within the run, from 1.
+    pub trial: u32,
+    /// Onset in the run, seconds.
+    pub onset_s: f64,
+    /// When the stimulus appeared, Unix milliseconds, by the arrival of volumes.
+    pub stimulus_at_ms: Option<u64>,
+    /// Volumes the estimate uses.
+    pub volumes: u32,
+    /// Volumes missing among them.
+    pub missing: u32,
+    /// `[voxel]`, z-scored over the trials so far.
+    pub zbetas: Vec<f32>,
+}
+
+impl fmt::Debug for TrialMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TrialMessage")
+            .field("run", &self.run)
+            .field("trial", &self.trial)
+            .field("voxels", &self.zbetas.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What decode tells show.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FromDecode {
+    /// The model that is loaded; first on every connection.
+    Model {
+        /// Short form of the bundle's digest, and its version.
+        bundle: String,
+        /// The weights are random: pictures show that the box works, nothing else.
+        random_weights: bool,
+        /// `reference` or `edge`.
+        fidelity: String,
+    },
+    /// A picture is ready.
+    Picture(PictureMessage),
+    /// A trial could not be decoded, as a sentence.
+    Fault {
+        /// The sentence.
+        text: String,
+    },
+}
+
+/// Which of a trial's pictures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PictureKind {
+    /// The low-level picture.
+    Blurry,
+    /// Before refinement.
+    Unrefined,
+}
+
+impl PictureKind {
+    /// The name in files and addresses.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            PictureKind::Blurry => "blurry",
+            PictureKind::Unrefined => "unrefined",
+        }
+    }
+}
+
+/// A picture with what made it.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+pub struct PictureMessage {
+    /// Run, from 1.
+    pub run: u32,
+    /// Trial, from 1.
+    pub trial: u32,
+    /// Which picture.
+    pub kind: PictureKind,
+    /// Columns.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// PNG file.
+    pub png: Vec<u8>,
+    /// When the stimulus appeared, Unix milliseconds.
+    pub stimulus_at_ms: Option<u64>,
+    /// From betas to this picture, milliseconds.
+    pub took_ms: f64,
+    /// Seed of the session.
+    pub seed: u64,
+    /// Network calls of the sampler.
+    pub steps: u32,
+}
+
+impl fmt::Debug for PictureMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PictureMessage")
+            .field("run", &self.run)
+            .field("trial", &self.trial)
+            .field("kind", &self.kind)
+            .field("len_bytes", &self.png.len())
+            .finish_non_exhaustive()
+    }
+}
