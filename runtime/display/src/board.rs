@@ -330,11 +330,15 @@ impl Board {
     }
 
     /// Announces a run and its repetition time.
+    ///
+    /// Runs count up within a session: a lower one than before means that counting began anew, so
+    /// pictures of that run and later ones are cleared rather than taken for the newest.
     pub fn run_started(&self, run: u32, tr_ms: f64) {
         self.change(|state| match &mut state.progress {
             // A role that came back announces the run it is still in.
             Some(progress) if progress.run == run => progress.tr_ms = Some(tr_ms),
             _ => {
+                state.trials.retain(|(earlier, _), _| *earlier < run);
                 state.progress = Some(Progress {
                     run,
                     tr_ms: Some(tr_ms),
@@ -678,6 +682,19 @@ mod tests {
         board.volume(3, 1);
         let progress = board.read().progress.unwrap();
         assert_eq!((progress.run, progress.tr_ms), (3, None));
+    }
+
+    #[test]
+    fn runs_that_begin_anew_clear_what_they_would_hide_behind() {
+        let board = Board::new();
+        for run in 1..=3 {
+            board.run_started(run, 1500.0);
+            board.picture(shown(run, 1, Kind::Blurry)).unwrap();
+        }
+        board.run_started(3, 1500.0);
+        assert_eq!(board.read().trials.len(), 3);
+        board.run_started(2, 1500.0);
+        assert!(board.read().trials.keys().eq(&[(1, 1)]));
     }
 
     #[test]

@@ -9,5 +9,6 @@
 
 pub mod board;
 pub mod png;
+pub mod web;
 
 pub use board::{Board, BoardError, Kind, RoleState, SessionInfo, Shown};
