@@ -155,7 +155,7 @@ pub fn encode(
     let mut encoder = Encoder::new(&mut file, width, height);
     encoder.set_color(ColorType::Rgb);
     encoder.set_depth(BitDepth::Eight);
-    // The bedside waits for this: a few milliseconds count more than a tenth of the size.
+    // The bedside waits for this, so speed counts more than size.
     encoder.set_compression(Compression::Fast);
     let mut writer = encoder.write_header().map_err(failed)?;
     for (keyword, text) in text {

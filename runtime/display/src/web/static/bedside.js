@@ -98,8 +98,10 @@ async function load(picture) {
   try {
     await image.decode();
   } catch {
-    // Replaced or dropped meanwhile: the picture on the page stays until the next one is here.
-    if (wanted === picture.url) wanted = null;
+    // Replaced or dropped meanwhile, or the connection failed: what is on the page stays.
+    setTimeout(() => {
+      if (wanted === picture.url) load(picture);
+    }, RETRY_MS);
     return;
   }
   if (wanted === picture.url) swap(image, picture);
