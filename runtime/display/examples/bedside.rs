@@ -28,6 +28,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let board = Board::new();
     board.session(SessionInfo {
+        id: "1".into(),
         label: "session 2026-03-14".to_owned(),
         random_weights: arguments.next().as_deref() == Some("random"),
         bundle: "example".to_owned(),

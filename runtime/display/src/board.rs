@@ -70,6 +70,8 @@ pub enum RoleState {
 /// The visit whose pictures are shown.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SessionInfo {
+    /// Tells one session from another.
+    pub id: String,
     /// What the page calls the session; never a patient's name.
     pub label: String,
     /// The model was never trained, so its pictures mean nothing.
@@ -252,6 +254,7 @@ struct Shared {
 ///
 /// let board = Board::new();
 /// board.session(SessionInfo {
+///     id: "1".into(),
 ///     label: "session 3".to_owned(),
 ///     random_weights: false,
 ///     bundle: "edge 1.2".to_owned(),
@@ -311,21 +314,26 @@ impl Board {
 
     /// Announces the session.
     ///
-    /// Another one than before clears pictures, progress and faults, so that nobody sees the
-    /// previous person's pictures; the same one again (a role that came back) changes nothing.
+    /// Another id than before clears pictures, progress and faults, so that nobody sees the
+    /// previous person's pictures; more about the same session, or the same again, clears nothing.
     pub fn session(&self, info: SessionInfo) {
         let info = SessionInfo {
+            id: clip(info.id),
             label: clip(info.label),
             random_weights: info.random_weights,
             bundle: clip(info.bundle),
         };
         self.change(|state| {
-            if state.session.as_ref() != Some(&info) {
-                state.session = Some(info);
+            let other = state
+                .session
+                .as_ref()
+                .is_none_or(|session| session.id != info.id);
+            if other {
                 state.progress = None;
                 state.trials.clear();
                 state.faults.clear();
             }
+            state.session = Some(info);
         });
     }
 
@@ -547,6 +555,7 @@ mod tests {
 
     fn info(label: &str) -> SessionInfo {
         SessionInfo {
+            id: label.into(),
             label: label.to_owned(),
             random_weights: true,
             bundle: "edge 1".to_owned(),

@@ -197,6 +197,7 @@ fn shown(run: u32, trial: u32, kind: Kind) -> Shown {
 
 fn info(random_weights: bool) -> SessionInfo {
     SessionInfo {
+        id: "1".into(),
         label: "session 3".to_owned(),
         random_weights,
         bundle: "edge 1.2".to_owned(),

@@ -39,7 +39,7 @@ impl fmt::Debug for SeriesUid {
 ///
 /// A run's volumes all have the same tag. It is made from the header's patient
 /// module, of which nothing else is kept; a file that names nobody has the default tag.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct PatientTag(Option<u64>);
 
 impl PatientTag {

@@ -1,4 +1,4 @@
-//! The messages. None carries a patient's name; the series UID stays between parser and acquire.
+//! The messages. None carries a patient's name or the UID of a series.
 
 use std::fmt;
 
@@ -70,8 +70,10 @@ pub struct VolumeMessage {
     pub voxels: Vec<f32>,
     /// `(column, row, slice)` indices to patient LPS, millimetres.
     pub affine_lps: [[f64; 4]; 4],
-    /// Leads back to the patient: for comparing, never for showing.
-    pub series_uid: String,
+    /// Hash of the series' UID; the UID itself stays in the parser.
+    pub series: [u8; 16],
+    /// Hash of the header's patient module: for comparing, never for showing.
+    pub patient: u64,
     /// Number in the run, from 1.
     pub number: u32,
     /// Repetition time, milliseconds.

@@ -1,0 +1,334 @@
+//! The folder that the scanner exports into.
+//!
+//! inotify tells of files that were closed or moved in; a scan twice a second finds what it missed
+//! (sub-folders, overflowing queues, mounts that do not tell). A file is handed on once it is
+//! complete: closed after writing, or unchanged between two scans.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use sha2::{Digest, Sha256};
+
+/// How often the whole folder is looked at.
+const SCAN_EVERY: Duration = Duration::from_millis(500);
+/// Folders below the watched one that are looked into.
+const MAX_DEPTH: usize = 4;
+/// Files that are remembered; beyond that the folder is not one run's export.
+const MAX_FILES: usize = 500_000;
+
+/// A file that is complete.
+#[derive(Clone, Debug)]
+pub(crate) struct Found {
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// Hash of its name.
+    pub(crate) id: [u8; 16],
+    /// Its length.
+    pub(crate) len_bytes: u64,
+    /// When it was noticed.
+    pub(crate) noticed: Instant,
+}
+
+/// Hash of a file's place in the watched folder; stands for the name wherever it is kept.
+pub(crate) fn file_id(folder: &Path, path: &Path) -> [u8; 16] {
+    let name = path.strip_prefix(folder).unwrap_or(path);
+    let mut id = [0; 16];
+    id.copy_from_slice(&Sha256::digest(name.as_os_str().as_encoded_bytes())[..16]);
+    id
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    len: u64,
+    modified_ns: i128,
+}
+
+struct Seen {
+    stamp: Stamp,
+    handed_on: bool,
+}
+
+/// What the watcher tells.
+pub(crate) enum Notice {
+    /// A file is complete.
+    Found(Found),
+    /// The folder cannot be read; once per interruption.
+    FolderLost(String),
+    /// The folder is back.
+    FolderBack,
+    /// Files that were there before the session, ignored.
+    Ignored(usize),
+}
+
+/// Watches one folder until told to stop.
+pub(crate) struct Watcher {
+    folder: PathBuf,
+    /// Files changed before this are not of this session, Unix milliseconds.
+    since_ms: Option<u64>,
+    seen: HashMap<PathBuf, Seen>,
+    ignored: usize,
+    lost: bool,
+}
+
+impl Watcher {
+    /// - `since_ms`: files created or last changed before this are ignored; `None` takes all.
+    pub(crate) fn new(folder: PathBuf, since_ms: Option<u64>) -> Watcher {
+        Watcher {
+            folder,
+            since_ms,
+            seen: HashMap::new(),
+            ignored: 0,
+            lost: false,
+        }
+    }
+
+    /// Runs until `stop`; `tell` may wait, files are found again by the next scan.
+    pub(crate) fn run(mut self, stop: &Arc<AtomicBool>, mut tell: impl FnMut(Notice) -> bool) {
+        let mut inotify = None;
+        let mut next_scan = Instant::now();
+        let mut first = true;
+        while !stop.load(Ordering::Relaxed) {
+            if inotify.is_none() {
+                inotify = self.arm();
+            }
+            let mut found = Vec::new();
+            let wait = next_scan.saturating_duration_since(Instant::now());
+            self.wait_for_events(&mut inotify, wait, &mut found);
+            if Instant::now() >= next_scan {
+                match self.scan(&mut found) {
+                    Ok(()) => {
+                        if std::mem::take(&mut self.lost) && !tell(Notice::FolderBack) {
+                            return;
+                        }
+                        if std::mem::take(&mut first)
+                            && self.ignored > 0
+                            && !tell(Notice::Ignored(self.ignored))
+                        {
+                            return;
+                        }
+                    }
+                    Err(error) => {
+                        inotify = None;
+                        if !std::mem::replace(&mut self.lost, true)
+                            && !tell(Notice::FolderLost(error.to_string()))
+                        {
+                            return;
+                        }
+                    }
+                }
+                next_scan = Instant::now() + SCAN_EVERY;
+            }
+            // The scanner numbers its files: names keep volumes in order where several are new.
+            found.sort_by(|a, b| a.path.cmp(&b.path));
+            for file in found {
+                if !tell(Notice::Found(file)) {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn arm(&self) -> Option<Inotify> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).ok()?;
+        let events =
+            AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_ONLYDIR;
+        inotify.add_watch(&self.folder, events).ok()?;
+        Some(inotify)
+    }
+
+    fn wait_for_events(
+        &mut self,
+        inotify: &mut Option<Inotify>,
+        wait: Duration,
+        found: &mut Vec<Found>,
+    ) {
+        let Some(watch) = inotify.as_ref() else {
+            std::thread::sleep(wait);
+            return;
+        };
+        let millis = u16::try_from(wait.as_millis()).unwrap_or(u16::MAX);
+        let mut fds = [PollFd::new(watch.as_fd(), PollFlags::POLLIN)];
+        if !matches!(poll(&mut fds, PollTimeout::from(millis)), Ok(1..)) {
+            return;
+        }
+        let Ok(events) = watch.read_events() else {
+            return;
+        };
+        for event in events {
+            if event.mask.contains(AddWatchFlags::IN_IGNORED) {
+                // The folder was removed or unmounted; the scan says so.
+                *inotify = None;
+                return;
+            }
+            if let Some(name) = event.name {
+                let path = self.folder.join(name);
+                self.look(&path, true, found);
+            }
+        }
+    }
+
+    fn scan(&mut self, found: &mut Vec<Found>) -> std::io::Result<()> {
+        let mut folders = vec![(self.folder.clone(), 0)];
+        while let Some((folder, depth)) = folders.pop() {
+            let entries = match fs::read_dir(&folder) {
+                Ok(entries) => entries,
+                // A sub-folder may go while it is looked at.
+                Err(_) if depth > 0 => continue,
+                Err(error) => return Err(error),
+            };
+            for entry in entries.flatten() {
+                let Ok(kind) = entry.file_type() else {
+                    continue;
+                };
+                if kind.is_dir() && depth < MAX_DEPTH {
+                    folders.push((entry.path(), depth + 1));
+                } else if kind.is_file() {
+                    self.look(&entry.path(), false, found);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at one file and hands it on if it is complete and new.
+    fn look(&mut self, path: &Path, closed: bool, found: &mut Vec<Found>) {
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        let temporary = [b".tmp".as_slice(), b".part", b".filepart", b"~"];
+        if name.starts_with(b".") || temporary.iter().any(|end| name.ends_with(end)) {
+            return;
+        }
+        let Ok(metadata) = fs::metadata(path) else {
+            return;
+        };
+        if !metadata.is_file() {
+            return;
+        }
+        let stamp = Stamp {
+            len: metadata.len(),
+            modified_ns: i128::from(metadata.mtime()) * 1_000_000_000
+                + i128::from(metadata.mtime_nsec()),
+        };
+        let old = self.since_ms.is_some_and(|since| {
+            let changed = metadata.ctime() * 1000 + metadata.ctime_nsec() / 1_000_000;
+            u64::try_from(changed).unwrap_or(0) < since
+        });
+        match self.seen.get_mut(path) {
+            Some(seen) if seen.stamp == stamp => {
+                if seen.handed_on {
+                    return;
+                }
+                // Unchanged since the last look: complete.
+                seen.handed_on = true;
+            }
+            known => {
+                let changed_later = known.is_some();
+                let full = self.seen.len() >= MAX_FILES && !changed_later;
+                if full {
+                    return;
+                }
+                let ignore = old && !changed_later;
+                self.ignored += usize::from(ignore);
+                self.seen.insert(
+                    path.into(),
+                    Seen {
+                        stamp,
+                        handed_on: closed || ignore,
+                    },
+                );
+                if !closed || ignore {
+                    return;
+                }
+            }
+        }
+        found.push(Found {
+            path: path.into(),
+            id: file_id(&self.folder, path),
+            len_bytes: stamp.len,
+            noticed: Instant::now(),
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, sync_channel};
+
+    fn watch(folder: &Path, since_ms: Option<u64>) -> (Receiver<String>, Arc<AtomicBool>) {
+        let (sender, receiver) = sync_channel(64);
+        let stop = Arc::new(AtomicBool::new(false));
+        let (watcher, stopping) = (Watcher::new(folder.into(), since_ms), Arc::clone(&stop));
+        std::thread::spawn(move || {
+            watcher.run(&stopping, |notice| {
+                let text = match notice {
+                    Notice::Found(found) => {
+                        found.path.file_name().unwrap().to_str().unwrap().to_owned()
+                    }
+                    Notice::FolderLost(_) => "lost".into(),
+                    Notice::FolderBack => "back".into(),
+                    Notice::Ignored(count) => format!("ignored {count}"),
+                };
+                sender.send(text).is_ok()
+            });
+        });
+        (receiver, stop)
+    }
+
+    const WAIT: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn files_come_once_each_and_in_order_of_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let (found, stop) = watch(dir.path(), None);
+        std::thread::sleep(Duration::from_millis(200));
+        for name in ["b.dcm", "a.dcm", ".hidden", "c.dcm.part"] {
+            fs::write(dir.path().join(name), name).unwrap();
+        }
+        fs::create_dir(dir.path().join("series")).unwrap();
+        fs::write(dir.path().join("series/d.dcm"), "d").unwrap();
+        let mut names: Vec<String> = (0..3).map(|_| found.recv_timeout(WAIT).unwrap()).collect();
+        names.sort();
+        assert_eq!(names, ["a.dcm", "b.dcm", "d.dcm"]);
+        assert!(found.recv_timeout(Duration::from_millis(1500)).is_err());
+        // A file that is written again is another file.
+        fs::write(dir.path().join("a.dcm"), "longer than before").unwrap();
+        assert_eq!(found.recv_timeout(WAIT).unwrap(), "a.dcm");
+        stop.store(true, Ordering::Relaxed);
+    }
+
+    #[test]
+    fn files_from_before_the_session_are_ignored_and_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("old.dcm"), "old").unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        let (found, stop) = watch(dir.path(), Some(crate::record::now_ms()));
+        assert_eq!(found.recv_timeout(WAIT).unwrap(), "ignored 1");
+        fs::write(dir.path().join("new.dcm"), "new").unwrap();
+        assert_eq!(found.recv_timeout(WAIT).unwrap(), "new.dcm");
+        stop.store(true, Ordering::Relaxed);
+    }
+
+    #[test]
+    fn a_folder_that_goes_and_comes_back_is_said_once_each() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("in");
+        fs::create_dir(&folder).unwrap();
+        let (found, stop) = watch(&folder, None);
+        std::thread::sleep(Duration::from_millis(700));
+        fs::remove_dir(&folder).unwrap();
+        assert_eq!(found.recv_timeout(WAIT).unwrap(), "lost");
+        fs::create_dir(&folder).unwrap();
+        assert_eq!(found.recv_timeout(WAIT).unwrap(), "back");
+        fs::write(folder.join("x.dcm"), "x").unwrap();
+        assert_eq!(found.recv_timeout(WAIT).unwrap(), "x.dcm");
+        stop.store(true, Ordering::Relaxed);
+    }
+}

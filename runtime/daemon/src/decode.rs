@@ -1,0 +1,423 @@
+//! The role that owns the model: trials in, pictures out, each on record before it is told.
+//!
+//! The connection's thread fills a bounded list of waiting trials; the main thread decodes them one
+//! after the other. A trial that is on record with the same betas is not decoded again, so a
+//! restart costs nothing but loading.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bundle::PublicKey;
+use decoder::{Decoder, Fidelity, NoiseKey, Picture, Progress, Runtime, Tier, Timings};
+use display::png;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use wire::{
+    FromAcquire, FromDecode, PictureKind, PictureMessage, RoleName, SessionMessage, TrialMessage,
+};
+
+use crate::link::{Heard, Keep, Publisher, subscribe, trial_key};
+use crate::logging::chain;
+use crate::record::{self, RecordError};
+use crate::roles::RoleError;
+use crate::settings::Settings;
+use crate::{acquire, pipeline};
+
+/// The socket's name in the runtime folder.
+pub(crate) const SOCKET: &str = "decode.sock";
+/// Trials that may wait; beyond that the oldest is given up, by name.
+const MAX_WAITING: usize = 256;
+
+/// What lies beside a picture.
+#[derive(Debug, Serialize, Deserialize)]
+struct PictureFile {
+    run: u32,
+    trial: u32,
+    subject: String,
+    fidelity: Fidelity,
+    steps: u32,
+    noise: NoiseKey,
+    bundle: String,
+    random_weights: bool,
+    stimulus_at_ms: Option<u64>,
+    decoded_at_ms: u64,
+    timings: Timings,
+    zbetas_sha256: String,
+    software: String,
+}
+
+/// Trials that wait, with the session they belong to.
+#[derive(Default)]
+struct Waiting {
+    session: Option<SessionMessage>,
+    trials: VecDeque<TrialMessage>,
+    dropped: Vec<(u32, u32)>,
+}
+
+type Inbox = Arc<(Mutex<Waiting>, Condvar)>;
+
+/// Runs the role until `stop`.
+///
+/// # Errors
+/// [`RoleError`] where the bundle, the key or ONNX Runtime cannot be used.
+pub(crate) fn main(settings: &Settings, stop: &Arc<AtomicBool>) -> Result<(), RoleError> {
+    let started = Instant::now();
+    let key = PublicKey::from_file(&settings.key)?;
+    let bundle = bundle::open(&settings.bundle)?.verify(&key)?;
+    let library = decoder::runtime::find_library(settings.onnxruntime.as_deref())?;
+    let runtime = Runtime::load(&library, settings.threads)?;
+    let decoder = Decoder::load(&runtime, &bundle, &settings.subject, settings.fidelity)?;
+    let manifest = bundle.manifest();
+    let model = Model {
+        digest: bundle.digest().to_owned(),
+        random_weights: manifest.random_weights,
+        subject: settings.subject.clone(),
+        decoder,
+    };
+    tracing::info!(
+        bundle = %model.digest,
+        version = manifest.bundle_version,
+        precision = %manifest.precision,
+        took_ms = started.elapsed().as_secs_f64() * 1e3,
+        "bundle.verify"
+    );
+    let publisher = Publisher::bind(&settings.runtime_dir.join(SOCKET), "decode", settings.queue)
+        .map_err(|source| RoleError::Socket { source })?;
+    let short: String = model.digest.chars().take(12).collect();
+    let message = FromDecode::Model {
+        bundle: format!("version {} ({short})", manifest.bundle_version),
+        random_weights: model.random_weights,
+        fidelity: fidelity_name(model.decoder.fidelity()).into(),
+    };
+    publisher.publish(&message, Keep::Under(0));
+    let inbox = Inbox::default();
+    listen(settings, &inbox, stop)?;
+    crate::roles::ready();
+    work(settings, &model, &publisher, &inbox, stop);
+    Ok(())
+}
+
+fn fidelity_name(fidelity: Fidelity) -> &'static str {
+    match fidelity {
+        Fidelity::Reference => "reference",
+        Fidelity::Edge => "edge",
+    }
+}
+
+fn listen(settings: &Settings, inbox: &Inbox, stop: &Arc<AtomicBool>) -> Result<(), RoleError> {
+    let filling = Arc::clone(inbox);
+    subscribe(
+        settings.runtime_dir.join(acquire::SOCKET),
+        RoleName::Decode,
+        "acquire",
+        Arc::clone(stop),
+        move |heard| {
+            let (waiting, woken) = &*filling;
+            let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            match heard {
+                Heard::Message(FromAcquire::Session(session)) => {
+                    if waiting.session.as_ref() != Some(&session) {
+                        waiting.trials.clear();
+                    }
+                    waiting.session = Some(session);
+                }
+                Heard::Message(FromAcquire::Trial(trial)) => {
+                    waiting.trials.push_back(trial);
+                    if waiting.trials.len() > MAX_WAITING
+                        && let Some(oldest) = waiting.trials.pop_front()
+                    {
+                        waiting.dropped.push((oldest.run, oldest.trial));
+                    }
+                    woken.notify_one();
+                }
+                _ => {}
+            }
+        },
+    )
+    .map_err(|source| RoleError::Thread { source })
+}
+
+fn work(
+    settings: &Settings,
+    model: &Model,
+    publisher: &Publisher,
+    inbox: &Inbox,
+    stop: &Arc<AtomicBool>,
+) {
+    let (waiting, woken) = &**inbox;
+    while !stop.load(Ordering::Relaxed) {
+        let (session, trial, dropped) = {
+            let guard = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            let (mut guard, _) = woken
+                .wait_timeout_while(guard, Duration::from_millis(200), |w| w.trials.is_empty())
+                .unwrap_or_else(PoisonError::into_inner);
+            let dropped = std::mem::take(&mut guard.dropped);
+            let session = guard.session.clone();
+            let trial = if session.is_some() {
+                guard.trials.pop_front()
+            } else {
+                None
+            };
+            (session, trial, dropped)
+        };
+        for (run, trial) in dropped {
+            fault(
+                publisher,
+                format!("Run {run}: trial {trial} was not decoded, the box is behind"),
+            );
+        }
+        let (Some(session), Some(trial)) = (session, trial) else {
+            continue;
+        };
+        let folder = record::session_dir(&settings.state_dir, &session.id).join("pictures");
+        if let Err(reason) = model.decode(&folder, &session, &trial, publisher) {
+            let (run, number) = (trial.run, trial.trial);
+            fault(
+                publisher,
+                format!("Run {run}: trial {number} has no picture: {reason}"),
+            );
+        }
+    }
+}
+
+fn fault(publisher: &Publisher, text: String) {
+    tracing::warn!(fault = %text, "fault");
+    publisher.publish(&FromDecode::Fault { text }, Keep::No);
+}
+
+/// A loaded bundle.
+struct Model {
+    digest: String,
+    random_weights: bool,
+    subject: String,
+    decoder: Decoder,
+}
+
+impl Model {
+    fn decode(
+        &self,
+        folder: &Path,
+        session: &SessionMessage,
+        trial: &TrialMessage,
+        publisher: &Publisher,
+    ) -> Result<(), String> {
+        let span = tracing::info_span!("trial.decode", run = trial.run, trial = trial.trial);
+        let _entered = span.enter();
+        let started = Instant::now();
+        record::create_private(folder).map_err(|error| error.to_string())?;
+        let hash = zbetas_sha256(&trial.zbetas);
+        if self.tell_from_record(folder, session, trial, &hash, publisher) {
+            tracing::info!("trial is on record, not decoded again");
+            return Ok(());
+        }
+        let mut failed: Option<RecordError> = None;
+        let mut steps = 0;
+        let mut present = |kind, picture: &Picture, steps: u32| {
+            let shown = self.present(folder, session, trial, kind, picture, steps, started);
+            match shown {
+                Ok(message) => {
+                    let key = trial_key(trial.run, trial.trial, part(kind));
+                    publisher.publish(&FromDecode::Picture(message), Keep::Under(key));
+                }
+                Err(error) => failed = Some(error),
+            }
+        };
+        let reconstruction =
+            pipeline::decode_trial(&self.decoder, trial, session.seed, &mut |progress| {
+                match progress {
+                    Progress::Blurry(picture) => present(PictureKind::Blurry, picture, 0),
+                    Progress::Step {
+                        sampler: "unclip",
+                        of,
+                        ..
+                    } => {
+                        steps = u32::try_from(of).unwrap_or(u32::MAX);
+                    }
+                    Progress::Step { .. } => {}
+                    Progress::Unrefined(picture) => {
+                        present(PictureKind::Unrefined, picture, steps);
+                    }
+                }
+            })
+            .map_err(|error| chain(&error))?;
+        if let Some(error) = failed {
+            return Err(chain(&error));
+        }
+        let file = PictureFile {
+            run: trial.run,
+            trial: trial.trial,
+            subject: self.subject.clone(),
+            fidelity: self.decoder.fidelity(),
+            steps: u32::try_from(reconstruction.steps).unwrap_or(u32::MAX),
+            noise: noise_key(session, trial),
+            bundle: self.digest.clone(),
+            random_weights: self.random_weights,
+            stimulus_at_ms: trial.stimulus_at_ms,
+            decoded_at_ms: record::now_ms(),
+            timings: reconstruction.timings,
+            zbetas_sha256: hash,
+            software: env!("CARGO_PKG_VERSION").into(),
+        };
+        // Last: a trial with this file is whole.
+        record::write_json(&base(folder, trial).with_extension("json"), &file)
+            .map_err(|error| chain(&error))?;
+        tracing::info!(
+            took_ms = started.elapsed().as_secs_f64() * 1e3,
+            "trial decoded"
+        );
+        Ok(())
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one picture's whole provenance")]
+    fn present(
+        &self,
+        folder: &Path,
+        session: &SessionMessage,
+        trial: &TrialMessage,
+        kind: PictureKind,
+        picture: &Picture,
+        steps: u32,
+        started: Instant,
+    ) -> Result<PictureMessage, RecordError> {
+        let path = picture_path(folder, trial, kind);
+        let png = encode(
+            picture,
+            &self.digest,
+            noise_key(session, trial),
+            self.random_weights,
+        )
+        .map_err(|error| record::at(&path)(std::io::Error::other(chain(&error))))?;
+        record::write_whole(&path, &png)?;
+        Ok(PictureMessage {
+            run: trial.run,
+            trial: trial.trial,
+            kind,
+            width: picture.width,
+            height: picture.height,
+            png,
+            stimulus_at_ms: trial.stimulus_at_ms,
+            took_ms: started.elapsed().as_secs_f64() * 1e3,
+            seed: session.seed,
+            steps,
+        })
+    }
+
+    /// Tells the pictures that are on record for exactly these betas; false where there are none.
+    fn tell_from_record(
+        &self,
+        folder: &Path,
+        session: &SessionMessage,
+        trial: &TrialMessage,
+        hash: &str,
+        publisher: &Publisher,
+    ) -> bool {
+        let file: PictureFile = match record::read_json(&base(folder, trial).with_extension("json"))
+        {
+            Ok(file) => file,
+            Err(_) => return false,
+        };
+        let same = file.zbetas_sha256 == hash
+            && file.bundle == self.digest
+            && file.fidelity == self.decoder.fidelity()
+            && file.noise == noise_key(session, trial);
+        if !same {
+            return false;
+        }
+        let timings = file.timings;
+        let total_ms = timings.brain_ms
+            + timings.blurry_ms
+            + timings.prior_ms
+            + timings.unclip_ms
+            + timings.vae_ms;
+        for kind in [PictureKind::Blurry, PictureKind::Unrefined] {
+            let Ok(png) = fs::read(picture_path(folder, trial, kind)) else {
+                continue;
+            };
+            let Ok((width, height)) = png::size(&png) else {
+                return false;
+            };
+            let message = PictureMessage {
+                run: trial.run,
+                trial: trial.trial,
+                kind,
+                width,
+                height,
+                png,
+                stimulus_at_ms: trial.stimulus_at_ms,
+                took_ms: total_ms,
+                seed: session.seed,
+                steps: file.steps,
+            };
+            let key = trial_key(trial.run, trial.trial, part(kind));
+            publisher.publish(&FromDecode::Picture(message), Keep::Under(key));
+        }
+        true
+    }
+}
+
+fn part(kind: PictureKind) -> u8 {
+    match kind {
+        PictureKind::Blurry => 0,
+        PictureKind::Unrefined => 1,
+    }
+}
+
+fn noise_key(session: &SessionMessage, trial: &TrialMessage) -> NoiseKey {
+    NoiseKey {
+        session_seed: session.seed,
+        run: trial.run,
+        trial: trial.trial,
+        tier: Tier::Fast,
+    }
+}
+
+/// A picture as PNG with what made it; equal inputs give equal bytes.
+pub(crate) fn encode(
+    picture: &Picture,
+    digest: &str,
+    key: NoiseKey,
+    random_weights: bool,
+) -> Result<Vec<u8>, png::PngError> {
+    let software = concat!("Afterimage ", env!("CARGO_PKG_VERSION"));
+    let weights = if random_weights {
+        "; random weights"
+    } else {
+        ""
+    };
+    let comment = format!(
+        "AI-generated reconstruction; bundle {digest}; seed {}; run {}; trial {}{weights}",
+        key.session_seed, key.run, key.trial
+    );
+    let text = [("Software", software), ("Comment", comment.as_str())];
+    png::encode(picture.width, picture.height, &picture.rgb, &text)
+}
+
+fn base(folder: &Path, trial: &TrialMessage) -> PathBuf {
+    folder.join(format!("run{:03}-trial{:03}", trial.run, trial.trial))
+}
+
+fn picture_path(folder: &Path, trial: &TrialMessage, kind: PictureKind) -> PathBuf {
+    let name = format!(
+        "run{:03}-trial{:03}-{}.png",
+        trial.run,
+        trial.trial,
+        kind.as_str()
+    );
+    folder.join(name)
+}
+
+/// SHA-256 of the betas as little-endian bytes, lower-case hex.
+fn zbetas_sha256(zbetas: &[f32]) -> String {
+    let mut hash = Sha256::new();
+    for value in zbetas {
+        hash.update(value.to_le_bytes());
+    }
+    hash.finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}

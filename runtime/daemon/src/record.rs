@@ -1,0 +1,341 @@
+//! The session's record on disk.
+//!
+//! ```text
+//! <state>/current                     id of the session in progress
+//! <state>/sessions/<id>/session.json  label, seed, when it began
+//!   runs/001/volumes.bin              masked voxels of each volume, as they came
+//!   runs/001/reference.bin            the volume that others are realigned to
+//!   runs/001/trials.bin               betas of each trial, as they were estimated
+//!   runs/001/{betas,zbetas}.npy       `[trial, voxel]`; rows of skipped trials are NaN
+//!   pictures/run001-trial001-*.png    with a .json beside each
+//!   quarantine/                       scanner files that could not be used, each with its reason
+//! ```
+//!
+//! `*.bin` are appended frame by frame and flushed to the disk before anybody is told; what a crash
+//! cuts short is dropped at the next start. Everything else appears whole, by renaming.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufReader, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// An unfinished session older than this is not taken up again.
+const MAX_AGE: Duration = Duration::from_secs(12 * 3600);
+
+/// Why the record cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RecordError {
+    /// A file or folder of the record.
+    #[error("cannot write or read the record at {path}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A message that does not fit a frame.
+    #[error("cannot encode an entry of {path}")]
+    Frame {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: wire::FrameError,
+    },
+    /// Something that is not the record it should be.
+    #[error("{path} is not a session of this program")]
+    Session {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: serde_json::Error,
+    },
+}
+
+pub(crate) fn at(path: &Path) -> impl Fn(io::Error) -> RecordError {
+    let path = path.to_path_buf();
+    move |source| RecordError::Io {
+        path: path.clone(),
+        source,
+    }
+}
+
+/// `session.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SessionFile {
+    /// Folder name.
+    pub(crate) id: String,
+    /// What the pages call it.
+    pub(crate) label: String,
+    /// Seed of all noise.
+    pub(crate) seed: u64,
+    /// When it began, Unix milliseconds.
+    pub(crate) started_at_ms: u64,
+    /// Version of this program.
+    pub(crate) software: String,
+    /// When it ended; absent while it goes on.
+    pub(crate) ended_at_ms: Option<u64>,
+}
+
+/// A session's folder.
+#[derive(Clone, Debug)]
+pub(crate) struct Session {
+    state_dir: PathBuf,
+    /// The folder.
+    pub(crate) dir: PathBuf,
+    /// What `session.json` says.
+    pub(crate) file: SessionFile,
+    /// It was begun by an earlier process.
+    pub(crate) resumed: bool,
+}
+
+impl Session {
+    /// Takes up the session that a crash left open, or begins a new one.
+    pub(crate) fn open(
+        state_dir: &Path,
+        label: &str,
+        seed: Option<u64>,
+    ) -> Result<Session, RecordError> {
+        let current = state_dir.join("current");
+        if let Ok(id) = fs::read_to_string(&current)
+            && let Some(session) = Session::resume(state_dir, id.trim())
+        {
+            return Ok(session);
+        }
+        let now = now_ms();
+        let seed = match seed {
+            Some(seed) => seed,
+            None => random_seed().map_err(at(Path::new("/dev/urandom")))?,
+        };
+        let id = format!("{now}-{:08x}", seed & 0xffff_ffff);
+        let dir = session_dir(state_dir, &id);
+        for folder in ["runs", "pictures", "quarantine"] {
+            let folder = dir.join(folder);
+            create_private(&folder).map_err(at(&folder))?;
+        }
+        let file = SessionFile {
+            id: id.clone(),
+            label: label.into(),
+            seed,
+            started_at_ms: now,
+            software: env!("CARGO_PKG_VERSION").into(),
+            ended_at_ms: None,
+        };
+        write_json(&dir.join("session.json"), &file)?;
+        write_whole(&current, id.as_bytes())?;
+        Ok(Session {
+            state_dir: state_dir.into(),
+            dir,
+            file,
+            resumed: false,
+        })
+    }
+
+    fn resume(state_dir: &Path, id: &str) -> Option<Session> {
+        // The id is a folder name of our own making, or it is not looked at.
+        if id.is_empty() || !id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
+            return None;
+        }
+        let dir = session_dir(state_dir, id);
+        let file: SessionFile = read_json(&dir.join("session.json")).ok()?;
+        let age = Duration::from_millis(now_ms().saturating_sub(file.started_at_ms));
+        (file.ended_at_ms.is_none() && age < MAX_AGE).then(|| Session {
+            state_dir: state_dir.into(),
+            dir,
+            file,
+            resumed: true,
+        })
+    }
+
+    /// Ends the session: the next start begins another one.
+    pub(crate) fn end(&mut self) -> Result<(), RecordError> {
+        self.file.ended_at_ms = Some(now_ms());
+        write_json(&self.dir.join("session.json"), &self.file)?;
+        let current = self.state_dir.join("current");
+        fs::remove_file(&current).map_err(at(&current))
+    }
+
+    /// The folder of a run, created where it is not there.
+    pub(crate) fn run_dir(&self, run: u32) -> Result<PathBuf, RecordError> {
+        let dir = self.dir.join("runs").join(format!("{run:03}"));
+        create_private(&dir).map_err(at(&dir))?;
+        Ok(dir)
+    }
+
+    /// Numbers of the runs that are on record, ascending.
+    pub(crate) fn runs(&self) -> Result<Vec<u32>, RecordError> {
+        let dir = self.dir.join("runs");
+        let mut runs = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(at(&dir))? {
+            let name = entry.map_err(at(&dir))?.file_name();
+            runs.extend(name.to_str().and_then(|name| name.parse::<u32>().ok()));
+        }
+        runs.sort_unstable();
+        Ok(runs)
+    }
+}
+
+/// The folder of a session.
+pub(crate) fn session_dir(state_dir: &Path, id: &str) -> PathBuf {
+    state_dir.join("sessions").join(id)
+}
+
+/// Unix time, milliseconds.
+pub(crate) fn now_ms() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn random_seed() -> io::Result<u64> {
+    use std::io::Read;
+    let mut bytes = [0_u8; 8];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// Creates a folder, and those above it, that only this user can look into.
+pub(crate) fn create_private(dir: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+}
+
+/// Writes a file that appears whole or not at all, and is on the disk when this returns.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), RecordError> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".tmp");
+    let temporary = path.with_file_name(name);
+    let write = || {
+        let mut file = File::create(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    };
+    write().map_err(at(path))
+}
+
+/// Writes JSON as [`write_whole`] does.
+pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), RecordError> {
+    let mut bytes = serde_json::to_vec_pretty(value).map_err(|source| RecordError::Session {
+        path: path.into(),
+        source,
+    })?;
+    bytes.push(b'\n');
+    write_whole(path, &bytes)
+}
+
+/// Reads JSON that this program wrote.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, RecordError> {
+    let bytes = fs::read(path).map_err(at(path))?;
+    serde_json::from_slice(&bytes).map_err(|source| RecordError::Session {
+        path: path.into(),
+        source,
+    })
+}
+
+/// An append-only file of frames.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    path: PathBuf,
+    file: File,
+}
+
+impl Journal {
+    /// Opens or begins a journal and returns its whole entries; a torn end is cut off.
+    pub(crate) fn open<T: DeserializeOwned>(path: &Path) -> Result<(Journal, Vec<T>), RecordError> {
+        let error = at(path);
+        let file = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .create(true)
+            .open(path)
+            .map_err(&error)?;
+        let mut reader = BufReader::new(&file);
+        let (mut entries, mut good) = (Vec::new(), 0);
+        loop {
+            match wire::read::<T>(&mut reader) {
+                Ok(entry) => entries.push(entry),
+                Err(_) => break,
+            }
+            good = reader.stream_position().map_err(&error)?;
+        }
+        drop(reader);
+        let len = file.metadata().map_err(&error)?.len();
+        if len > good {
+            tracing::warn!(
+                dropped_bytes = len - good,
+                "the last entry of a journal was torn, it is dropped"
+            );
+            file.set_len(good).map_err(&error)?;
+        }
+        (&file).seek(SeekFrom::End(0)).map_err(&error)?;
+        Ok((
+            Journal {
+                path: path.into(),
+                file,
+            },
+            entries,
+        ))
+    }
+
+    /// Appends an entry; it is on the disk when this returns.
+    pub(crate) fn append<T: Serialize>(&mut self, entry: &T) -> Result<(), RecordError> {
+        let before = self.file.metadata().map_err(at(&self.path))?.len();
+        let written = wire::write(&mut self.file, entry)
+            .map_err(|source| RecordError::Frame {
+                path: self.path.clone(),
+                source,
+            })
+            .and_then(|()| self.file.sync_data().map_err(at(&self.path)));
+        if written.is_err() {
+            // A full disk must not leave half an entry in front of later ones.
+            let _ = self.file.set_len(before);
+        }
+        written
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_that_was_not_ended_is_taken_up_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Session::open(dir.path(), "One", None).unwrap();
+        let mut again = Session::open(dir.path(), "Two", Some(1)).unwrap();
+        assert!(!first.resumed && again.resumed);
+        assert_eq!(first.file, again.file);
+        again.end().unwrap();
+        let third = Session::open(dir.path(), "Three", Some(1)).unwrap();
+        assert!(!third.resumed);
+        assert_ne!(third.file.id, first.file.id);
+    }
+
+    #[test]
+    fn a_torn_entry_is_dropped_and_the_journal_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("j.bin");
+        let (mut journal, none) = Journal::open::<(u32, Vec<f32>)>(&path).unwrap();
+        assert!(none.is_empty());
+        for index in 0..3_u32 {
+            journal.append(&(index, vec![0.5_f32; 100])).unwrap();
+        }
+        let whole = fs::read(&path).unwrap();
+        for cut in [1, 7, 100, 403] {
+            fs::write(&path, &whole[..whole.len() - cut]).unwrap();
+            let (mut journal, kept) = Journal::open::<(u32, Vec<f32>)>(&path).unwrap();
+            assert_eq!(kept.len(), 2, "cut by {cut}");
+            journal.append(&(9_u32, vec![1.0_f32])).unwrap();
+            let (_, kept) = Journal::open::<(u32, Vec<f32>)>(&path).unwrap();
+            assert_eq!(kept.last(), Some(&(9, vec![1.0])));
+        }
+    }
+}
