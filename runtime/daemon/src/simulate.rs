@@ -6,7 +6,7 @@
 //! real time. `--replay` sends the files of an existing folder instead.
 
 use std::fs;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -154,12 +154,18 @@ fn deliver(into: &Path, name: &str, bytes: &[u8]) -> Result<(), SimulateError> {
     fs::rename(&temporary, &path).map_err(io(&path))
 }
 
+/// Says how far the run is: in place on a terminal, now and then elsewhere.
 fn progress(volume: usize, of: usize) {
+    let mut out = std::io::stderr();
     // A courtesy; a closed standard error stops nothing.
-    let _ = write!(std::io::stderr(), "\rscanner: volume {volume} of {of} ");
-    if volume == of {
-        let _ = writeln!(std::io::stderr());
-    }
+    let _ = if out.is_terminal() {
+        let end = if volume == of { "\n" } else { "" };
+        write!(out, "\rscanner: volume {volume} of {of} {end}")
+    } else if volume.is_multiple_of(20) || volume == of {
+        writeln!(out, "scanner: volume {volume} of {of}")
+    } else {
+        Ok(())
+    };
 }
 
 fn replay(folder: &Path, into: &Path, speed: f64) -> Result<(), SimulateError> {

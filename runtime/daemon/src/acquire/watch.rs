@@ -17,6 +17,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use sha2::{Digest, Sha256};
 
+/// File times come from a clock that ticks every few milliseconds.
+const CLOCK_SLACK_MS: u64 = 20;
 /// How often the whole folder is looked at.
 const SCAN_EVERY: Duration = Duration::from_millis(500);
 /// Folders below the watched one that are looked into.
@@ -218,7 +220,7 @@ impl Watcher {
         };
         let old = self.since_ms.is_some_and(|since| {
             let changed = metadata.ctime() * 1000 + metadata.ctime_nsec() / 1_000_000;
-            u64::try_from(changed).unwrap_or(0) < since
+            u64::try_from(changed).unwrap_or(0) + CLOCK_SLACK_MS < since
         });
         match self.seen.get_mut(path) {
             Some(seen) if seen.stamp == stamp => {
