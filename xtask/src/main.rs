@@ -5,6 +5,7 @@
 )]
 
 mod checks;
+mod demo;
 mod onnxruntime;
 mod synth;
 mod workspace;
@@ -24,6 +25,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Chore {
+    /// Simulated scanner, random weights, the real daemon, pictures in the browser.
+    Demo(demo::Request),
     /// Fetches ONNX Runtime's shared library with pip and checks it.
     Onnxruntime {
         /// Fetch the library of another architecture (x86_64, aarch64), for packaging.
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
             .map(|_| ())
             .map_err(Into::into),
         Chore::Onnxruntime { arch: None } => onnxruntime::ensure().map(|_| ()).map_err(Into::into),
+        Chore::Demo(request) => demo::run(&request).map_err(Into::into),
         Chore::Test => checks::run(),
         Chore::Synth(request) => synth::write(&request).map_err(Into::into),
     };

@@ -54,6 +54,11 @@ pub(crate) fn target_dir() -> PathBuf {
     }
 }
 
+/// A program that `cargo build` has just made.
+pub(crate) fn built(program: &str) -> PathBuf {
+    target_dir().join("debug").join(program)
+}
+
 /// The cargo that runs us, or the one on the path.
 pub(crate) fn cargo() -> Command {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

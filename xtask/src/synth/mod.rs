@@ -49,6 +49,20 @@ pub(crate) struct Request {
     pub(crate) unclip_types: UnclipTypes,
 }
 
+impl Request {
+    /// A few megabytes for one person.
+    pub(crate) fn tiny(voxels: u64, out: &Path) -> Request {
+        Request {
+            size: Scale::Tiny,
+            voxels: vec![voxels],
+            subjects: None,
+            out: out.into(),
+            seed: 1,
+            unclip_types: UnclipTypes::Mixed,
+        }
+    }
+}
+
 /// How large.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Scale {
