@@ -1,0 +1,113 @@
+//! A whole run with the simulated scanner: volumes in, pictures out, a clean end.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+use std::process::{Child, Stdio};
+
+use serde_json::Value;
+use system_tests::daemon::{Daemon, PATIENCE};
+use system_tests::material::{TRIALS, phantom, signed};
+use system_tests::numbers;
+use system_tests::one_at_a_time;
+use system_tests::program::command;
+use system_tests::site::Site;
+
+/// Of true and estimated betas; the phantom's noise leaves about 0.8.
+const LEAST_CORRELATION: f64 = 0.5;
+/// The first trials are estimated from too few volumes.
+const UNCERTAIN_TRIALS: usize = 2;
+
+/// A child that does not outlive its test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // Already gone, most likely.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_simulated_run_shows_every_trial_and_ends_cleanly() {
+    let _turn = one_at_a_time();
+    let phantom = phantom();
+    let site = Site::of_phantom(signed(), phantom);
+    let mut daemon = Daemon::start(&site);
+
+    let health: Value = serde_json::from_slice(&daemon.get("/healthz").body).unwrap();
+    assert_eq!(health["status"], "ok");
+    let page = daemon.get("/bedside");
+    assert_eq!(page.status, 200);
+    assert!(page.text().contains("AI-generated reconstruction"));
+    assert!(daemon.events("\n\n").contains("event: state"));
+    assert_eq!(daemon.get("/no-such-page").status, 404);
+
+    let mut simulate = command("afterimage");
+    simulate
+        .args(["simulate", "--speed", "12", "--site"])
+        .arg(&phantom.site)
+        .arg("--into")
+        .arg(site.scanner_folder());
+    let mut scanner = Killed(simulate.stderr(Stdio::null()).spawn().unwrap());
+    daemon.wait_for_trials(TRIALS);
+    daemon.wait("the scanner's end", |_| scanner.0.try_wait().unwrap());
+
+    let board = daemon.board();
+    assert_eq!(board["session"]["random_weights"], true);
+    assert_eq!(board["session"]["label"], "System test");
+    daemon.check(daemon.faults().is_empty(), "a run without faults has faults");
+    let session = site.session();
+    for trial in board["trials"].as_array().unwrap() {
+        for picture in trial["kinds"].as_array().unwrap() {
+            let shown = daemon.get(picture["url"].as_str().unwrap());
+            assert!(shown.body.starts_with(b"\x89PNG"), "{}", shown.head);
+            let name = format!(
+                "run001-trial{:03}-{}.png",
+                trial["trial"],
+                picture["kind"].as_str().unwrap()
+            );
+            let recorded = std::fs::read(session.join("pictures").join(name)).unwrap();
+            assert_eq!(shown.body, recorded);
+        }
+        let note = format!("pictures/run001-trial{:03}.json", trial["trial"]);
+        let note: Value = serde_json::from_slice(&std::fs::read(session.join(note)).unwrap()).unwrap();
+        assert_eq!(note["random_weights"], true);
+    }
+
+    let events = daemon.events("\n\n");
+    assert!(events.contains("\"trial\":12"), "{events}");
+
+    let found = numbers::read(&session.join("runs/001/betas.npy"));
+    let truth = numbers::read(&phantom.site.join("true_betas.npy"));
+    let correlation = numbers::mean_correlation(&found, &truth, UNCERTAIN_TRIALS);
+    println!("simulated run: betas and truth correlate by {correlation:.3}");
+    assert!(correlation > LEAST_CORRELATION, "{correlation}");
+
+    daemon.stop();
+    let file: Value =
+        serde_json::from_slice(&std::fs::read(session.join("session.json")).unwrap()).unwrap();
+    let (began, ended) = (&file["started_at_ms"], &file["ended_at_ms"]);
+    assert!(ended.as_u64().unwrap() > began.as_u64().unwrap(), "{file}");
+    assert!(!site.state().join("current").exists());
+}
+
+#[test]
+fn the_next_start_after_a_clean_end_is_another_session() {
+    let _turn = one_at_a_time();
+    let site = Site::of_phantom(signed(), phantom());
+    for sessions in 1..=2 {
+        let mut daemon = Daemon::start(&site);
+        assert_eq!(site.sessions().len(), sessions);
+        daemon.stop();
+    }
+}
+
+#[test]
+fn a_stop_during_start_is_a_clean_end_too() {
+    let _turn = one_at_a_time();
+    let site = Site::of_phantom(signed(), phantom());
+    let mut daemon = Daemon::spawn(&site);
+    daemon.wait("a role to start", |daemon| daemon.role("acquire"));
+    daemon.stop();
+    assert!(daemon.ended(PATIENCE).success());
+}
