@@ -1,7 +1,7 @@
 //! `afterimage reconstruct`: recorded betas to PNG files, offline.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -138,12 +138,16 @@ fn reconstruct(arguments: &Arguments) -> Result<(), ReconstructError> {
             trial,
             tier: Tier::Final,
         };
+        let terminal = std::io::stderr().is_terminal();
         let mut progress = |progress: Progress<'_>| {
-            if let Progress::Step { sampler, step, of } = progress {
+            if let Progress::Step { sampler, step, of } = progress
+                && (terminal || step == of)
+            {
+                let (start, end) = if terminal { ("\r", "   ") } else { ("", "\n") };
                 // Progress is a courtesy; a closed standard error stops nothing.
                 let _ = write!(
                     std::io::stderr(),
-                    "\rtrial {trial} of {trials}: {sampler} step {step} of {of}   "
+                    "{start}trial {trial} of {trials}: {sampler} step {step} of {of}{end}"
                 );
             }
         };
@@ -174,7 +178,9 @@ fn reconstruct(arguments: &Arguments) -> Result<(), ReconstructError> {
         };
         record::write_json(&arguments.out.join(format!("trial{trial:03}.json")), &note)?;
     }
-    let _ = writeln!(std::io::stderr());
+    if std::io::stderr().is_terminal() {
+        let _ = writeln!(std::io::stderr());
+    }
     let random = if manifest.random_weights {
         "; the weights are random"
     } else {
