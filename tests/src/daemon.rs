@@ -231,11 +231,38 @@ impl<'s> Daemon<'s> {
     }
 
     /// Waits until trials 1 to `trials` of run 1 have their picture on the board.
+    ///
+    /// # Panics
+    /// As [`Daemon::wait`] does.
     #[track_caller]
     pub fn wait_for_trials(&mut self, trials: u32) {
         let all: Vec<u64> = (1..=u64::from(trials)).collect();
         self.wait(&format!("pictures of {trials} trials"), |daemon| {
             (daemon.pictured() == all).then_some(())
+        });
+    }
+
+    /// Trials of run 1 whose record is whole, with the file that says so.
+    pub fn recorded(&self) -> Vec<(u32, PathBuf)> {
+        let pictures = self.site.session().join("pictures");
+        let whole = (1..=999).map(|trial| {
+            let note = format!("run001-trial{trial:03}.json");
+            (trial, pictures.join(note))
+        });
+        whole.filter(|(_, note)| note.is_file()).collect()
+    }
+
+    /// Waits until trials 1 to `trials` of run 1 are whole on record; a picture is shown before.
+    #[track_caller]
+    pub fn wait_for_notes(&mut self, trials: u32) {
+        let all: Vec<u32> = (1..=trials).collect();
+        self.wait(&format!("the record of {trials} trials"), |daemon| {
+            let recorded = daemon.recorded();
+            recorded
+                .iter()
+                .map(|(trial, _)| *trial)
+                .eq(all.iter().copied())
+                .then_some(())
         });
     }
 
@@ -288,7 +315,9 @@ impl<'s> Daemon<'s> {
             .copied()
             .filter(|&pid| {
                 let words = arguments(pid);
-                words.first().is_some_and(|word| word.ends_with("afterimage"))
+                words
+                    .first()
+                    .is_some_and(|word| word.ends_with("afterimage"))
                     && words.get(1).is_some_and(|word| word == "role")
             })
             .collect()

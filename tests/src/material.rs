@@ -35,55 +35,61 @@ pub fn keygen(dir: &Path, name: &str) -> Keys {
         secret: dir.join(format!("{name}.key")),
         public: dir.join(format!("{name}.pub")),
     };
-    let arguments = [
-        "keygen".as_ref(),
-        "--secret".as_ref(),
-        keys.secret.as_os_str(),
-        "--public".as_ref(),
-        keys.public.as_os_str(),
-    ];
-    run("afterimage-export", arguments).succeeded();
+    run(
+        "afterimage-export",
+        &[
+            &"keygen",
+            &"--secret",
+            &keys.secret,
+            &"--public",
+            &keys.public,
+        ],
+    )
+    .succeeded();
     keys
 }
 
 /// Writes tiny checkpoints with random weights into a folder.
 pub fn synth(dir: &Path, voxels: &str) {
-    let arguments = [
-        "synth".as_ref(),
-        "--size".as_ref(),
-        "tiny".as_ref(),
-        "--voxels".as_ref(),
-        voxels.as_ref(),
-        "--out".as_ref(),
-        dir.as_os_str(),
-    ];
-    run("xtask", arguments).succeeded();
+    run(
+        "xtask",
+        &[
+            &"synth",
+            &"--size",
+            &"tiny",
+            &"--voxels",
+            &voxels,
+            &"--out",
+            &dir,
+        ],
+    )
+    .succeeded();
 }
 
 /// Exports a folder of checkpoints.
 pub fn export(checkpoints: &Path, precision: &str, bundle: &Path) {
-    let arguments = [
-        "bundle".as_ref(),
-        "--folder".as_ref(),
-        checkpoints.as_os_str(),
-        "--precision".as_ref(),
-        precision.as_ref(),
-        "--out".as_ref(),
-        bundle.as_os_str(),
-    ];
-    run("afterimage-export", arguments).succeeded();
+    run(
+        "afterimage-export",
+        &[
+            &"bundle",
+            &"--folder",
+            &checkpoints,
+            &"--precision",
+            &precision,
+            &"--out",
+            &bundle,
+        ],
+    )
+    .succeeded();
 }
 
 /// Signs a bundle.
 pub fn sign(bundle: &Path, keys: &Keys) {
-    let arguments = [
-        "sign".as_ref(),
-        "--bundle".as_ref(),
-        bundle.as_os_str(),
-        "--secret".as_ref(),
-        keys.secret.as_os_str(),
-    ];
-    run("afterimage-export", arguments).succeeded();
+    run(
+        "afterimage-export",
+        &[&"sign", &"--bundle", &bundle, &"--secret", &keys.secret],
+    )
+    .succeeded();
 }
 
 /// A signed bundle of random weights for one subject with [`VOXELS`] voxels.
@@ -127,16 +133,19 @@ pub fn phantom() -> &'static Phantom {
         prepare(&site);
         let files = site.join("dicom");
         std::fs::create_dir(&files).unwrap();
-        let arguments = [
-            "simulate".as_ref(),
-            "--site".as_ref(),
-            site.as_os_str(),
-            "--into".as_ref(),
-            files.as_os_str(),
-            "--speed".as_ref(),
-            "1000".as_ref(),
-        ];
-        run("afterimage", arguments).succeeded();
+        run(
+            "afterimage",
+            &[
+                &"simulate",
+                &"--site",
+                &site,
+                &"--into",
+                &files,
+                &"--speed",
+                &"1000",
+            ],
+        )
+        .succeeded();
         Phantom {
             files: crate::scanner::files_of(&files),
             site,
@@ -147,17 +156,20 @@ pub fn phantom() -> &'static Phantom {
 /// Writes what a simulated site knows before the run.
 pub fn prepare(site: &Path) {
     let (trials, voxels) = (TRIALS.to_string(), VOXELS.to_string());
-    let arguments = [
-        "simulate".as_ref(),
-        "--prepare".as_ref(),
-        "--site".as_ref(),
-        site.as_os_str(),
-        "--trials".as_ref(),
-        trials.as_ref(),
-        "--voxels".as_ref(),
-        voxels.as_ref(),
-    ];
-    run("afterimage", arguments).succeeded();
+    run(
+        "afterimage",
+        &[
+            &"simulate",
+            &"--prepare",
+            &"--site",
+            &site,
+            &"--trials",
+            &trials,
+            &"--voxels",
+            &voxels,
+        ],
+    )
+    .succeeded();
 }
 
 /// A folder for what lives as long as the process, in the target folder; what processes left that

@@ -29,10 +29,7 @@ pub fn program(name: &str) -> PathBuf {
 pub fn command(name: &str) -> Command {
     let mut command = Command::new(program(name));
     for (variable, _) in std::env::vars_os() {
-        if variable
-            .to_string_lossy()
-            .starts_with("AFTERIMAGE__")
-        {
+        if variable.to_string_lossy().starts_with("AFTERIMAGE__") {
             command.env_remove(variable);
         }
     }
@@ -95,9 +92,9 @@ impl Ended {
 /// # Panics
 /// Where it is not there or takes longer than [`COMMAND_WITHIN`].
 #[track_caller]
-pub fn run<A: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = A>) -> Ended {
+pub fn run(name: &str, arguments: &[&dyn AsRef<OsStr>]) -> Ended {
     let mut command = command(name);
-    command.args(arguments);
+    command.args(arguments.iter().map(|argument| argument.as_ref()));
     finish(command)
 }
 

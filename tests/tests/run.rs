@@ -1,5 +1,4 @@
 //! A whole run with the simulated scanner: volumes in, pictures out, a clean end.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::process::{Child, Stdio};
 
@@ -50,27 +49,32 @@ fn a_simulated_run_shows_every_trial_and_ends_cleanly() {
         .arg(site.scanner_folder());
     let mut scanner = Killed(simulate.stderr(Stdio::null()).spawn().unwrap());
     daemon.wait_for_trials(TRIALS);
+    daemon.wait_for_notes(TRIALS);
     daemon.wait("the scanner's end", |_| scanner.0.try_wait().unwrap());
 
     let board = daemon.board();
     assert_eq!(board["session"]["random_weights"], true);
     assert_eq!(board["session"]["label"], "System test");
-    daemon.check(daemon.faults().is_empty(), "a run without faults has faults");
+    daemon.check(
+        daemon.faults().is_empty(),
+        "a run without faults has faults",
+    );
     let session = site.session();
     for trial in board["trials"].as_array().unwrap() {
+        let number = trial["trial"].as_u64().unwrap();
         for picture in trial["kinds"].as_array().unwrap() {
             let shown = daemon.get(picture["url"].as_str().unwrap());
             assert!(shown.body.starts_with(b"\x89PNG"), "{}", shown.head);
             let name = format!(
-                "run001-trial{:03}-{}.png",
-                trial["trial"],
+                "run001-trial{number:03}-{}.png",
                 picture["kind"].as_str().unwrap()
             );
             let recorded = std::fs::read(session.join("pictures").join(name)).unwrap();
             assert_eq!(shown.body, recorded);
         }
-        let note = format!("pictures/run001-trial{:03}.json", trial["trial"]);
-        let note: Value = serde_json::from_slice(&std::fs::read(session.join(note)).unwrap()).unwrap();
+        let note = format!("pictures/run001-trial{number:03}.json");
+        let note: Value =
+            serde_json::from_slice(&std::fs::read(session.join(note)).unwrap()).unwrap();
         assert_eq!(note["random_weights"], true);
     }
 
