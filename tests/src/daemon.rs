@@ -16,7 +16,7 @@ use crate::program::command;
 use crate::site::Site;
 
 /// How long anything may take on a machine that does other things as well.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a stop may take.
 pub const STOP_WITHIN: Duration = Duration::from_secs(10);
 /// How long one page may take.

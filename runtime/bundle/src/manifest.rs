@@ -98,6 +98,10 @@ pub enum StageName {
     TextEncoder2,
     /// One denoising call of the SDXL refiner.
     Refiner,
+    /// The refiner's own autoencoder: picture to latent moments.
+    RefinerVaeEncoder,
+    /// The refiner's own autoencoder: latent to picture.
+    RefinerVaeDecoder,
     /// Picture to CLIP image tokens.
     ImageEncoder,
     /// Latent to a small, quick picture.
@@ -106,7 +110,7 @@ pub enum StageName {
 
 impl StageName {
     /// Every stage that a bundle can hold.
-    pub const ALL: [StageName; 13] = [
+    pub const ALL: [StageName; 15] = [
         StageName::Backbone,
         StageName::BlurryDecoder,
         StageName::Prior,
@@ -118,6 +122,8 @@ impl StageName {
         StageName::TextEncoder1,
         StageName::TextEncoder2,
         StageName::Refiner,
+        StageName::RefinerVaeEncoder,
+        StageName::RefinerVaeDecoder,
         StageName::ImageEncoder,
         StageName::PreviewDecoder,
     ];
@@ -137,6 +143,8 @@ impl StageName {
             StageName::TextEncoder1 => "text_encoder_1",
             StageName::TextEncoder2 => "text_encoder_2",
             StageName::Refiner => "refiner",
+            StageName::RefinerVaeEncoder => "refiner_vae_encoder",
+            StageName::RefinerVaeDecoder => "refiner_vae_decoder",
             StageName::ImageEncoder => "image_encoder",
             StageName::PreviewDecoder => "preview_decoder",
         }

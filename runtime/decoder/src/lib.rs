@@ -20,6 +20,7 @@ mod picture;
 pub mod runtime;
 pub mod sampler;
 mod stage;
+pub mod vision;
 
 pub use decode::{DecodeError, Decoder, Fidelity, Progress, Reconstruction, Timings};
 pub use noise::{Noise, NoiseKey, Stream, Tier};

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use bundle::{Bundle, DType, Dim, Stage as StageSpec, TensorSpec};
 use ndarray::{ArrayD, ArrayViewD};
 use ort::session::{Session, SessionInputValue};
-use ort::value::{Outlet, TensorElementType, TensorRef, ValueType};
+use ort::value::{Outlet, Tensor, TensorElementType, TensorRef, ValueType};
 
 use crate::Runtime;
 
@@ -127,7 +127,8 @@ impl Stage {
 
     /// Calls the network.
     ///
-    /// - `inputs`: name and values of every input, in any order, shapes as in the manifest.
+    /// - `inputs`: name and values of every input, in any order, shapes as in the manifest; an input
+    ///   of integers (token ids) takes whole numbers below 2^24.
     ///
     /// Returns every output by name; each is finite.
     ///
@@ -177,8 +178,20 @@ impl Stage {
         }
         let mut feed: Vec<(&str, SessionInputValue<'_>)> = Vec::with_capacity(standard.len());
         for (name, values) in &standard {
-            let tensor = TensorRef::from_array_view(values.view()).map_err(failed)?;
-            feed.push((name, tensor.into()));
+            let whole = self
+                .spec
+                .input(name)
+                .is_some_and(|spec| spec.dtype == DType::I64);
+            let value = if whole {
+                #[expect(clippy::cast_possible_truncation, reason = "whole numbers below 2^24")]
+                let values = values.mapv(|value| value as i64);
+                Tensor::from_array(values).map_err(failed)?.into()
+            } else {
+                TensorRef::from_array_view(values.view())
+                    .map_err(failed)?
+                    .into()
+            };
+            feed.push((name, value));
         }
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         let results = session.run(feed).map_err(failed)?;

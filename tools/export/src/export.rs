@@ -23,11 +23,21 @@ use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::graph::Graph;
 use crate::plan::Plan;
 use crate::section::{Problem, Section, chain};
-use crate::stages::{autoencoder, backbone, prior, subject, unet};
+use crate::stages::{autoencoder, backbone, bridge, prior, subject, text, unet, vision};
 use crate::weights;
 
 /// Largest mask that is carried in a bundle.
 const MAX_MASK_BYTES: u64 = 64 << 20;
+
+/// Keys of sgm engines that no stage needs: what is left of the towers, training's losses and tables.
+const UNUSED_OF_ENGINES: [&str; 6] = [
+    "first_stage_model.encoder.",
+    "first_stage_model.quant_conv.",
+    "first_stage_model.loss.",
+    "conditioner.",
+    "denoiser.",
+    "model_ema.",
+];
 
 /// Why no bundle was written.
 #[derive(Debug, thiserror::Error)]
@@ -153,6 +163,8 @@ fn open(plan: &Plan) -> Result<Vec<Opened>, ExportError> {
         ("mindeye", &plan.mindeye),
         ("unclip", &plan.unclip),
         ("autoenc", &plan.autoenc),
+        ("sdxl", &plan.sdxl),
+        ("bridge", &plan.bridge),
     ];
     sources
         .into_iter()
@@ -351,7 +363,7 @@ fn describe<'c>(plan: &Plan, opened: &'c [Opened]) -> Result<Description<'c>, Ex
     };
     for source in opened {
         let root = match source.role {
-            "mindeye" => Some("model_state_dict"),
+            "mindeye" | "bridge" => Some("model_state_dict"),
             "unclip" => Some("state_dict"),
             _ => None,
         };
@@ -359,6 +371,8 @@ fn describe<'c>(plan: &Plan, opened: &'c [Opened]) -> Result<Description<'c>, Ex
             Ok(section) => match source.role {
                 "mindeye" => builder.mindeye(section),
                 "unclip" => builder.unclip(section),
+                "sdxl" => builder.sdxl(section),
+                "bridge" => builder.bridge(section),
                 _ => builder.autoenc(section),
             },
             Err(problem) => builder.problems.push(problem),
@@ -540,17 +554,70 @@ impl<'c> Builder<'_, 'c> {
             precision,
         );
         self.add(StageName::VaeDecoder, graph);
-        // Parts of the engine that other stages use, and tables that training leaves behind.
-        for other in [
-            "first_stage_model.encoder.",
-            "first_stage_model.quant_conv.",
-            "first_stage_model.loss.",
-            "conditioner.",
-            "denoiser.",
-            "model_ema.",
-        ] {
+        if autoencoder::has_encoder(&s, prefix) {
+            let latent = settings.latent_hw;
+            let graph = autoencoder::build_encoder("vae_encoder", &s, prefix, latent, precision);
+            self.add(StageName::VaeEncoder, graph);
+        }
+        let visual = "conditioner.embedders.0.model.visual.";
+        if s.has_prefix(visual) {
+            let (side, head) = (settings.vision_side, settings.vision_head_width);
+            let graph = vision::build(&s, visual, side, head, precision);
+            self.add(StageName::ImageEncoder, graph);
+        }
+        // Parts of the engine that nothing here uses, and tables that training leaves behind.
+        for other in UNUSED_OF_ENGINES {
             s.ignore(other);
         }
+        self.sections.push(s);
+    }
+
+    fn sdxl(&mut self, s: Section<'c>) {
+        let (settings, precision) = (&self.plan.settings, self.plan.precision);
+        let clip_l = "conditioner.embedders.0.transformer.text_model.";
+        let open_clip = "conditioner.embedders.1.model.";
+        let first = text::clip_l(
+            &s,
+            clip_l,
+            settings.clip_l_heads,
+            settings.clip_l_layer,
+            precision,
+        );
+        let second = text::open_clip(&s, open_clip, settings.open_clip_heads, precision);
+        let tokens = s.axis(&format!("{open_clip}positional_embedding"), 2, 0);
+        let options = unet::UnetOptions {
+            head_channels: settings.refiner_head_channels,
+            latent: settings.refiner_latent_hw,
+            tokens,
+        };
+        let graph = unet::build("refiner", &s, options, precision);
+        self.add(StageName::TextEncoder1, first);
+        self.add(StageName::TextEncoder2, second);
+        self.add(StageName::Refiner, graph);
+        let prefix = "first_stage_model.";
+        let latent = settings.refiner_latent_hw;
+        let keys = autoencoder::DecoderKeys::sgm(&s, &format!("{prefix}decoder."));
+        let graph = autoencoder::build(
+            "refiner_vae_decoder",
+            &s,
+            &format!("{prefix}post_quant_conv"),
+            &keys,
+            latent,
+            precision,
+        );
+        self.add(StageName::RefinerVaeDecoder, graph);
+        let graph =
+            autoencoder::build_encoder("refiner_vae_encoder", &s, prefix, latent, precision);
+        self.add(StageName::RefinerVaeEncoder, graph);
+        for other in UNUSED_OF_ENGINES {
+            s.ignore(other);
+        }
+        self.sections.push(s);
+    }
+
+    fn bridge(&mut self, s: Section<'c>) {
+        let graph = bridge::build(&s, self.plan.precision);
+        self.add(StageName::CaptionBridge, graph);
         self.sections.push(s);
     }
 

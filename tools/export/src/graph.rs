@@ -201,6 +201,17 @@ impl<'c> Graph<'c> {
         value
     }
 
+    /// Declares a graph input of 64-bit integers.
+    pub fn input_ints(&mut self, name: &str, shape: &[Axis]) -> Value {
+        let value = Value {
+            name: name.into(),
+            elem: Elem::I64,
+            shape: shape.into(),
+        };
+        self.inputs.push(value.clone());
+        value
+    }
+
     /// Declares a graph output; it is cast to fp32.
     pub fn output(&mut self, name: &str, value: &Value) {
         let wide = self.cast(value, Elem::F32);
@@ -489,6 +500,44 @@ impl<'c> Graph<'c> {
         self.node("Conv", &[x, weight, bias], attributes, x.elem, shape)
     }
 
+    /// Convolution that halves `x` and pads one row below and one column to the right, as the
+    /// encoders of latent autoencoders do.
+    pub fn conv_halving(&mut self, x: &Value, weight: &Value, bias: &Value) -> Value {
+        assert_eq!(x.len(1), weight.len(1), "Conv of {x:?} and {weight:?}");
+        let (kernel_h, kernel_w) = (weight.len(2), weight.len(3));
+        let out = |len: u64, kernel: u64| Axis::Len((len + 1).saturating_sub(kernel) / 2 + 1);
+        let shape = vec![
+            x.shape[0],
+            Axis::Len(weight.len(0)),
+            out(x.len(2), kernel_h),
+            out(x.len(3), kernel_w),
+        ];
+        let attributes = vec![
+            AttributeProto::ints("kernel_shape", &[kernel_h, kernel_w].map(signed)),
+            AttributeProto::ints("pads", &[0, 0, 1, 1]),
+            AttributeProto::ints("strides", &[2, 2]),
+        ];
+        self.node("Conv", &[x, weight, bias], attributes, x.elem, shape)
+    }
+
+    /// Convolution without bias whose windows do not overlap: patches to vectors.
+    pub fn patches(&mut self, x: &Value, weight: &Value) -> Value {
+        assert_eq!(x.len(1), weight.len(1), "Conv of {x:?} and {weight:?}");
+        let (kernel_h, kernel_w) = (weight.len(2), weight.len(3));
+        let shape = vec![
+            x.shape[0],
+            Axis::Len(weight.len(0)),
+            Axis::Len(x.len(2) / kernel_h),
+            Axis::Len(x.len(3) / kernel_w),
+        ];
+        let kernel = [kernel_h, kernel_w].map(signed);
+        let attributes = vec![
+            AttributeProto::ints("kernel_shape", &kernel),
+            AttributeProto::ints("strides", &kernel),
+        ];
+        self.node("Conv", &[x, weight], attributes, x.elem, shape)
+    }
+
     /// Twice the height and width of `x` `[batch, channel, height, width]`, nearest neighbour.
     pub fn upsample(&mut self, x: &Value) -> Value {
         let none = Value {
@@ -593,6 +642,47 @@ impl<'c> Graph<'c> {
         )
     }
 
+    /// Rows of `table` `[row, width]` by `indices` `[batch, n]`: `[batch, n, width]`.
+    pub fn rows(&mut self, table: &Value, indices: &Value) -> Value {
+        let shape = vec![indices.shape[0], indices.shape[1], table.shape[1]];
+        let attributes = vec![AttributeProto::int("axis", 0)];
+        self.node("Gather", &[table, indices], attributes, table.elem, shape)
+    }
+
+    /// Where the largest of each row of `x` `[batch, n]` is, the first of equals: a row of zeros
+    /// with a one there, `[batch, 1, n]`, of the activation type.
+    pub fn first_largest(&mut self, x: &Value) -> Value {
+        // TensorRT's ArgMax takes floats; token ids are exact in single precision.
+        let wide = self.cast(x, Elem::F32);
+        let attributes = vec![
+            AttributeProto::int("axis", 1),
+            AttributeProto::int("keepdims", 1),
+            AttributeProto::int("select_last_index", 0),
+        ];
+        let one = vec![x.shape[0], Axis::Len(1)];
+        let place = self.node("ArgMax", &[&wide], attributes, Elem::I64, one);
+        let places: Vec<i64> = (0..signed(x.len(1))).collect();
+        let places = self.ints(&places);
+        let shape = vec![x.shape[0], x.shape[1]];
+        let equal = self.node("Equal", &[&place, &places], Vec::new(), Elem::Bool, shape);
+        let act = self.act;
+        let mask = self.cast(&equal, act);
+        let shape = [x.shape[0], Axis::Len(1), x.shape[1]];
+        self.reshape(&mask, &shape)
+    }
+
+    /// `x` between two numbers.
+    pub fn clip(&mut self, x: &Value, low: f32, high: f32) -> Value {
+        let (low, high) = (self.scalar(low, x.elem), self.scalar(high, x.elem));
+        self.node(
+            "Clip",
+            &[x, &low, &high],
+            Vec::new(),
+            x.elem,
+            x.shape.clone(),
+        )
+    }
+
     /// Elements `start..end` of one axis.
     pub fn slice(&mut self, x: &Value, axis: usize, start: u64, end: u64) -> Value {
         let mut shape = x.shape.clone();
@@ -615,12 +705,34 @@ impl<'c> Graph<'c> {
         self.node("Pad", &[x, &pads], Vec::new(), x.elem, shape)
     }
 
+    /// `x` `[row, column]` with rows of zeros behind it.
+    pub fn pad_rows_after(&mut self, x: &Value, rows: u64) -> Value {
+        let pads = self.ints(&[0, 0, signed(rows), 0]);
+        let shape = vec![Axis::Len(x.len(0) + rows), x.shape[1]];
+        self.node("Pad", &[x, &pads], Vec::new(), x.elem, shape)
+    }
+
+    /// An input that was declared before.
+    ///
+    /// # Panics
+    /// Where there is none of that name.
+    #[must_use]
+    pub fn declared(&self, name: &str) -> Value {
+        let input = self.inputs.iter().find(|input| input.name == name);
+        input
+            .unwrap_or_else(|| panic!("no input {name} was declared"))
+            .clone()
+    }
+
     /// Inputs and outputs as the manifest lists them.
     #[must_use]
     pub fn specs(&self) -> (Vec<TensorSpec>, Vec<TensorSpec>) {
         let spec = |value: &Value| TensorSpec {
             name: value.name.clone(),
-            dtype: DType::F32,
+            dtype: match value.elem {
+                Elem::I64 => DType::I64,
+                _ => DType::F32,
+            },
             shape: value
                 .shape
                 .iter()

@@ -185,8 +185,43 @@ pub fn softmax(g: &mut Graph<'_>, x: &Value) -> Value {
     g.cast(&shares, x.elem())
 }
 
+/// `x sigmoid(1.702 x)`, the GELU of the first CLIP models.
+pub fn quick_gelu(g: &mut Graph<'_>, x: &Value) -> Value {
+    let scaled = g.scale(x, 1.702);
+    let sigmoid = g.sigmoid(&scaled);
+    g.mul(x, &sigmoid)
+}
+
 /// Attention of `q` `[batch, n, inner]` over `k`, `v` `[batch, m, inner]` in `heads` heads; `[batch, n, inner]`.
 pub fn attention(g: &mut Graph<'_>, q: &Value, k: &Value, v: &Value, heads: u64) -> Value {
+    masked_attention(g, q, k, v, heads, None)
+}
+
+/// What hides later tokens from earlier ones: `[n, n]`, zero or a number whose softmax share is zero.
+pub fn causal_mask(g: &mut Graph<'_>, tokens: u64) -> Value {
+    // Finite, and within half precision: a row is never hidden altogether.
+    const HIDDEN: f32 = -60_000.0;
+    let side = usize::try_from(tokens).expect("token counts fit memory");
+    let row = |query: usize| (0..side).map(move |key| if key > query { HIDDEN } else { 0.0 });
+    let values = (0..side).flat_map(row).collect();
+    let act = g.act();
+    g.table(
+        &format!("causal_mask_{tokens}"),
+        act,
+        &[tokens, tokens],
+        values,
+    )
+}
+
+/// As [`attention`], with `mask` (broadcast to `[batch, head, n, m]`) added to the scores.
+pub fn masked_attention(
+    g: &mut Graph<'_>,
+    q: &Value,
+    k: &Value,
+    v: &Value,
+    heads: u64,
+    mask: Option<&Value>,
+) -> Value {
     let inner = q.last();
     let width = inner / heads;
     let split = |g: &mut Graph<'_>, x: &Value, order: [usize; 4]| {
@@ -204,7 +239,10 @@ pub fn attention(g: &mut Graph<'_>, q: &Value, k: &Value, v: &Value, heads: u64)
     let q_heads = split(g, &scaled, [0, 2, 1, 3]);
     let k_heads = split(g, k, [0, 2, 3, 1]);
     let v_heads = split(g, v, [0, 2, 1, 3]);
-    let scores = g.matmul(&q_heads, &k_heads);
+    let mut scores = g.matmul(&q_heads, &k_heads);
+    if let Some(mask) = mask {
+        scores = g.add(&scores, mask);
+    }
     let shares = softmax(g, &scores);
     let mixed = g.matmul(&shares, &v_heads);
     let mixed = g.transpose(&mixed, &[0, 2, 1, 3]);

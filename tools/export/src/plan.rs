@@ -54,7 +54,8 @@ pub enum PlanError {
     },
     /// Nothing to export.
     #[error(
-        "{path} holds none of last.pth, unclip6*.ckpt, sd_image_var_autoenc.pth: nothing to export"
+        "{path} holds none of last.pth, unclip6*.ckpt, sd_image_var_autoenc.pth, sd_xl_base*.safetensors, \
+         bigG_to_L*.pth: nothing to export"
     )]
     Empty {
         /// The folder or recipe.
@@ -87,6 +88,10 @@ pub struct Plan {
     pub unclip: Option<PathBuf>,
     /// The blurry picture's autoencoder.
     pub autoenc: Option<PathBuf>,
+    /// The SDXL engine.
+    pub sdxl: Option<PathBuf>,
+    /// The bridge to the captioner.
+    pub bridge: Option<PathBuf>,
     /// People to export; empty for all.
     pub subjects: Vec<SubjectPlan>,
     /// What weights cannot tell.
@@ -117,6 +122,20 @@ pub struct ModelSettings {
     pub latent_hw: [u64; 2],
     /// Channels of one UNet attention head.
     pub num_head_channels: u64,
+    /// The refiner's latent rows and columns.
+    pub refiner_latent_hw: [u64; 2],
+    /// Channels of one attention head of the refiner's UNet.
+    pub refiner_head_channels: u64,
+    /// Attention heads of CLIP-L's text tower.
+    pub clip_l_heads: u64,
+    /// Layers of CLIP-L's text tower that run; the last is left out in SDXL.
+    pub clip_l_layer: u64,
+    /// Attention heads of OpenCLIP's text tower.
+    pub open_clip_heads: u64,
+    /// Channels of one attention head of OpenCLIP's image tower.
+    pub vision_head_width: u64,
+    /// Side of the picture that the image tower takes, pixels.
+    pub vision_side: u64,
     /// Tokens of the UNet's context where there is no MindEye2 checkpoint to tell.
     pub context_tokens: u64,
     /// Latents are divided by this before decoding.
@@ -160,6 +179,13 @@ impl Default for ModelSettings {
         Self {
             latent_hw: [96, 96],
             num_head_channels: 64,
+            refiner_latent_hw: [96, 96],
+            refiner_head_channels: 64,
+            clip_l_heads: 12,
+            clip_l_layer: 11,
+            open_clip_heads: 20,
+            vision_head_width: 104,
+            vision_side: 224,
             context_tokens: 256,
             scale_factor: 0.13025,
             guidance: 5.0,
@@ -211,6 +237,8 @@ struct Sources {
     mindeye: Option<PathBuf>,
     unclip: Option<PathBuf>,
     autoenc: Option<PathBuf>,
+    sdxl: Option<PathBuf>,
+    bridge: Option<PathBuf>,
 }
 
 impl Plan {
@@ -242,6 +270,8 @@ impl Plan {
             mindeye: at(recipe.sources.mindeye),
             unclip: at(recipe.sources.unclip),
             autoenc: at(recipe.sources.autoenc),
+            sdxl: at(recipe.sources.sdxl),
+            bridge: at(recipe.sources.bridge),
             subjects,
             settings: recipe.settings,
             allow_unexpected: recipe.allow_unexpected,
@@ -299,23 +329,14 @@ impl Plan {
             "sd_image_var_autoenc.pth",
             "sd_image_var_autoenc.pth",
         )?;
-        for (prefix, suffix, stages) in [
-            (
-                "sd_xl_base",
-                ".safetensors",
-                "refiner, vae_encoder, text_encoder_1 and text_encoder_2",
-            ),
-            ("bigG_to_L", ".pth", "caption_bridge"),
-            ("git", "git", "captioner"),
-        ] {
-            if let Some(name) = names
-                .iter()
-                .find(|name| name.starts_with(prefix) && name.ends_with(suffix))
-            {
-                notes.push(format!(
-                    "{name} is there, but {stages} cannot be exported yet"
-                ));
-            }
+        let sdxl = find(
+            "refiner and its text encoders",
+            "sd_xl_base",
+            ".safetensors",
+        )?;
+        let bridge = find("caption_bridge", "bigG_to_L", ".pth")?;
+        if names.contains("git") {
+            notes.push("git is there, but captioner cannot be exported yet".into());
         }
         let (settings, random_weights) = read_config(dir, &names)?;
         let plan = Plan {
@@ -326,6 +347,8 @@ impl Plan {
             mindeye,
             unclip,
             autoenc,
+            sdxl,
+            bridge,
             subjects: Vec::new(),
             settings,
             allow_unexpected,
@@ -335,7 +358,14 @@ impl Plan {
     }
 
     fn checked(self, path: &Path) -> Result<Plan, PlanError> {
-        if self.mindeye.is_none() && self.unclip.is_none() && self.autoenc.is_none() {
+        let sources = [
+            &self.mindeye,
+            &self.unclip,
+            &self.autoenc,
+            &self.sdxl,
+            &self.bridge,
+        ];
+        if sources.iter().all(|source| source.is_none()) {
             return Err(PlanError::Empty {
                 path: path.to_owned(),
             });
@@ -350,6 +380,7 @@ impl Plan {
         for (name, [height, width]) in [
             ("latent_hw", settings.latent_hw),
             ("blurry_latent_hw", settings.blurry_latent_hw),
+            ("refiner_latent_hw", settings.refiner_latent_hw),
         ] {
             if ![height, width].iter().all(|len| (1..=4096).contains(len)) {
                 return Err(field(
@@ -363,6 +394,12 @@ impl Plan {
             ("num_head_channels", settings.num_head_channels),
             ("context_tokens", settings.context_tokens),
             ("vector_embed_dim", settings.vector_embed_dim),
+            ("refiner_head_channels", settings.refiner_head_channels),
+            ("clip_l_heads", settings.clip_l_heads),
+            ("clip_l_layer", settings.clip_l_layer),
+            ("open_clip_heads", settings.open_clip_heads),
+            ("vision_head_width", settings.vision_head_width),
+            ("vision_side", settings.vision_side),
         ] {
             if !(1..=65_536).contains(&value) {
                 return Err(field(name, "1..=65536", value.to_string()));
@@ -437,6 +474,33 @@ fn read_config(dir: &Path, names: &BTreeSet<String>) -> Result<(ModelSettings, b
         "a whole number",
         &mut settings.num_head_channels,
     )?;
+    reader.take(
+        "/sdxl/latent_hw",
+        "two whole numbers",
+        &mut settings.refiner_latent_hw,
+    )?;
+    for (pointer, into) in [
+        (
+            "/sdxl/unet/num_head_channels",
+            &mut settings.refiner_head_channels,
+        ),
+        (
+            "/sdxl/clip_l/num_attention_heads",
+            &mut settings.clip_l_heads,
+        ),
+        ("/sdxl/layer_idx", &mut settings.clip_l_layer),
+        ("/sdxl/openclip/text/heads", &mut settings.open_clip_heads),
+        (
+            "/unclip/openclip/vision/head_width",
+            &mut settings.vision_head_width,
+        ),
+        (
+            "/unclip/openclip/vision/image_size",
+            &mut settings.vision_side,
+        ),
+    ] {
+        reader.take(pointer, "a whole number", into)?;
+    }
     reader.take("/me/tokens", "a whole number", &mut settings.context_tokens)?;
     reader.take(
         "/constants/scale_factor",

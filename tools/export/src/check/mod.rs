@@ -8,6 +8,7 @@ mod golden;
 mod networks;
 mod report;
 mod samplers;
+mod towers;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -142,6 +143,7 @@ impl Parity {
         rows.extend(self.mindeye_rows()?);
         rows.extend(self.blurry_rows()?);
         rows.extend(self.unclip_rows()?);
+        rows.extend(self.tower_rows()?);
         rows.extend(self.later_rows()?);
         let arithmetic = match self.precision() {
             Precision::Fp32 => "ONNX Runtime on the CPU, fp32",
@@ -210,14 +212,9 @@ impl Parity {
 
     fn later_rows(&self) -> Rows {
         let later = [
-            "clip_convert",
             "git",
-            "clip_vision",
             "retrieval",
-            "text",
             "sdxl_cond",
-            "unet_sdxl",
-            "vae_sdxl",
             "refiner",
             "pipeline",
             "blend",

@@ -510,7 +510,7 @@ impl Parity {
                         vectors.floats("x")?.shape(),
                     ) =>
                 {
-                    rows.extend(self.unet_rows(&stage, &vectors)?);
+                    rows.extend(self.unet_rows("unet_unclip", &stage, &vectors)?);
                 }
                 Some(_) => rows.push(Row::absent(
                     "unet_unclip",
@@ -548,10 +548,6 @@ impl Parity {
                         )
                         .took(time),
                     );
-                    rows.push(Row::absent(
-                        "vae_unclip",
-                        "enc_*: the encoder is not exported yet",
-                    ));
                 }
                 Some(_) => rows.push(Row::absent(
                     "vae_unclip",
@@ -564,7 +560,8 @@ impl Parity {
         Ok(rows)
     }
 
-    fn unet_rows(&self, stage: &Stage, vectors: &Vectors) -> Rows {
+    /// A denoising network's calls as they were recorded in `file`.
+    pub(super) fn unet_rows(&self, file: &str, stage: &Stage, vectors: &Vectors) -> Rows {
         let times = as_floats(vectors.ints("timestep_idx")?);
         let clock = Instant::now();
         let mut outputs = call(
@@ -580,10 +577,10 @@ impl Parity {
         let time = clock.elapsed();
         let eps = take(&mut outputs, "eps");
         let mut rows = vec![
-            self.row("unet_unclip", "eps", &eps, vectors.floats("eps")?, UNET)
+            self.row(file, "eps", &eps, vectors.floats("eps")?, UNET)
                 .took(time),
         ];
-        rows.extend(self.denoiser_rows(stage, vectors)?);
+        rows.extend(self.denoiser_rows(file, stage, vectors)?);
         Ok(rows)
     }
 
@@ -643,12 +640,12 @@ fn stage_latent(parity: &Parity, name: StageName) -> Vec<Option<u64>> {
 }
 
 /// Fixed axes; none where there is no such input.
-fn fixed(spec: Option<&TensorSpec>) -> Vec<Option<u64>> {
+pub(super) fn fixed(spec: Option<&TensorSpec>) -> Vec<Option<u64>> {
     let axes = |spec: &TensorSpec| (0..spec.shape.len()).map(|axis| spec.fixed(axis)).collect();
     spec.map(axes).unwrap_or_default()
 }
 
-fn fits(axes: &[Option<u64>], shape: &[usize]) -> bool {
+pub(super) fn fits(axes: &[Option<u64>], shape: &[usize]) -> bool {
     axes.len() == shape.len()
         && axes
             .iter()

@@ -189,7 +189,7 @@ impl Parity {
     }
 
     /// The denoiser at recorded noise levels.
-    pub(super) fn denoiser_rows(&self, stage: &Stage, vectors: &Vectors) -> Rows {
+    pub(super) fn denoiser_rows(&self, file: &str, stage: &Stage, vectors: &Vectors) -> Rows {
         let Some(settings) = &self.bundle.manifest().unclip else {
             return Ok(Vec::new());
         };
@@ -233,20 +233,15 @@ impl Parity {
             per_sigma(&stack(&found)),
             per_sigma(vectors.floats("denoised")?),
         );
-        let denoised = self.compared("unet_unclip", "denoised", &found, &expected, DENOISED);
+        let denoised = self.compared(file, "denoised", &found, &expected, DENOISED);
         Ok(vec![
             self.table_row(
-                "unet_unclip",
+                file,
                 "den_sigma_quantised",
                 &floats(&levels),
                 expected_levels,
             ),
-            self.exact_row(
-                "unet_unclip",
-                "den_idx",
-                &times(&indices),
-                &expected_indices,
-            ),
+            self.exact_row(file, "den_idx", &times(&indices), &expected_indices),
             denoised.remark("divided by sigma where that is above 1"),
         ])
     }

@@ -1,7 +1,11 @@
-//! The decoder of a latent autoencoder (`AutoencoderKL`), in both spellings of its keys.
+//! A latent autoencoder (`AutoencoderKL`): its decoder in both spellings of its keys, its encoder in
+//! sgm's.
 //!
-//! `latent [batch, 4, h, w]` to `image [batch, 3, h * 2^ups, w * 2^ups]`, unscaled and unclamped:
-//! the host divides the latent by the scale factor before, and maps to 0..1 after.
+//! Decoder: `latent [batch, 4, h, w]` to `image [batch, 3, h * 2^ups, w * 2^ups]`, unscaled and
+//! unclamped: the host divides the latent by the scale factor before, and maps to 0..1 after.
+//!
+//! Encoder: `image [batch, 3, H, W]` in -1..1 to `mean` and `logvar` `[batch, 4, h, w]`, the second
+//! clamped to -30..20; the host draws the latent and scales it.
 
 use bundle::Precision;
 
@@ -11,6 +15,8 @@ use crate::section::Section;
 
 const GROUPS: u64 = 32;
 const GROUP_NORM_EPS: f32 = 1e-6;
+/// Range of the encoder's log variance.
+const LOGVAR: [f32; 2] = [-30.0, 20.0];
 
 /// Where the parts of a decoder lie in a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -153,12 +159,12 @@ pub fn decoder<'c>(g: &mut Graph<'c>, s: &Section<'c>, keys: &DecoderKeys, x: &V
         s.problem(prefix, "expected up blocks, found none".into());
     }
     let x = conv(g, s, &format!("{prefix}conv_in"), x, 3, 1);
-    let x = resnet(g, s, keys, &keys.middle[0], &x);
+    let x = resnet(g, s, keys.shortcut, &keys.middle[0], &x);
     let x = middle_attention(g, s, &keys.attention, &x);
-    let mut x = resnet(g, s, keys, &keys.middle[1], &x);
+    let mut x = resnet(g, s, keys.shortcut, &keys.middle[1], &x);
     for up in &keys.ups {
         for key in &up.resnets {
-            x = resnet(g, s, keys, key, &x);
+            x = resnet(g, s, keys.shortcut, key, &x);
         }
         if let Some(key) = &up.upsample {
             let larger = g.upsample(&x);
@@ -177,13 +183,81 @@ pub fn decoder<'c>(g: &mut Graph<'c>, s: &Section<'c>, keys: &DecoderKeys, x: &V
     conv(g, s, &format!("{prefix}conv_out"), &x, 3, 1)
 }
 
-fn resnet<'c>(
-    g: &mut Graph<'c>,
+/// Whether a checkpoint holds sgm's encoder under this prefix.
+#[must_use]
+pub fn has_encoder(s: &Section<'_>, prefix: &str) -> bool {
+    s.has_prefix(&format!("{prefix}encoder.")) && s.has_prefix(&format!("{prefix}quant_conv."))
+}
+
+/// Pixels along one side of a latent element.
+#[must_use]
+pub fn pixels_per_latent(s: &Section<'_>, prefix: &str) -> u64 {
+    let downs = s.count(&format!("{prefix}encoder.down."));
+    let halves = |down: &u64| s.has_prefix(&format!("{prefix}encoder.down.{down}.downsample."));
+    1 << (0..downs).filter(halves).count().min(16)
+}
+
+/// Builds the graph of sgm's encoder with its `quant_conv`, for latents of `height` and `width`.
+#[must_use]
+pub fn build_encoder<'c>(
+    name: &str,
     s: &Section<'c>,
-    keys: &DecoderKeys,
-    key: &str,
-    x: &Value,
-) -> Value {
+    prefix: &str,
+    [height, width]: [u64; 2],
+    precision: Precision,
+) -> Graph<'c> {
+    let mut graph = Graph::new(name, precision);
+    let g = &mut graph;
+    let channels = s.axis(&format!("{prefix}encoder.conv_in.weight"), 4, 1);
+    let pixels = pixels_per_latent(s, prefix);
+    let (rows, columns) = (Axis::Len(height * pixels), Axis::Len(width * pixels));
+    let image = g.input("image", &[BATCH, Axis::Len(channels), rows, columns]);
+    let act = g.act();
+    let x = g.cast(&image, act);
+    let encoder = format!("{prefix}encoder.");
+    let mut x = conv(g, s, &format!("{encoder}conv_in"), &x, 3, 1);
+    for down in 0..s.count(&format!("{encoder}down.")) {
+        let block = format!("{encoder}down.{down}.");
+        for n in 0..s.count(&format!("{block}block.")) {
+            x = resnet(g, s, "nin_shortcut", &format!("{block}block.{n}"), &x);
+        }
+        let key = format!("{block}downsample.conv");
+        if s.has_prefix(&format!("{key}.")) {
+            let width = x.len(1);
+            let weight = s.weight(g, &format!("{key}.weight"), &[width, width, 3, 3]);
+            let bias = s.weight(g, &format!("{key}.bias"), &[width]);
+            x = g.conv_halving(&x, &weight, &bias);
+        }
+    }
+    let middle = format!("{encoder}mid.");
+    let x = resnet(g, s, "nin_shortcut", &format!("{middle}block_1"), &x);
+    let attention = AttentionKeys::new(
+        &format!("{middle}attn_1."),
+        ["norm", "q", "k", "v", "proj_out"],
+    );
+    let x = middle_attention(g, s, &attention, &x);
+    let x = resnet(g, s, "nin_shortcut", &format!("{middle}block_2"), &x);
+    let x = group_norm(
+        g,
+        s,
+        &format!("{encoder}norm_out"),
+        &x,
+        GROUPS,
+        GROUP_NORM_EPS,
+    );
+    let x = silu(g, &x);
+    let x = conv(g, s, &format!("{encoder}conv_out"), &x, 3, 1);
+    let moments = conv(g, s, &format!("{prefix}quant_conv"), &x, 1, 1);
+    let half = moments.len(1) / 2;
+    let mean = g.slice(&moments, 1, 0, half);
+    let logvar = g.slice(&moments, 1, half, 2 * half);
+    let logvar = g.clip(&logvar, LOGVAR[0], LOGVAR[1]);
+    g.output("mean", &mean);
+    g.output("logvar", &logvar);
+    graph
+}
+
+fn resnet<'c>(g: &mut Graph<'c>, s: &Section<'c>, shortcut: &str, key: &str, x: &Value) -> Value {
     let h = group_norm(g, s, &format!("{key}.norm1"), x, GROUPS, GROUP_NORM_EPS);
     let h = silu(g, &h);
     let h = conv(g, s, &format!("{key}.conv1"), &h, 3, 1);
@@ -193,7 +267,7 @@ fn resnet<'c>(
     let skip = if h.len(1) == x.len(1) {
         x.clone()
     } else {
-        conv_out(g, s, &format!("{key}.{}", keys.shortcut), x, h.len(1), 1, 1)
+        conv_out(g, s, &format!("{key}.{shortcut}"), x, h.len(1), 1, 1)
     };
     g.add(&skip, &h)
 }

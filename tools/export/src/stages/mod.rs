@@ -6,6 +6,10 @@
 
 pub mod autoencoder;
 pub mod backbone;
+pub mod blocks;
+pub mod bridge;
 pub mod prior;
 pub mod subject;
+pub mod text;
 pub mod unet;
+pub mod vision;
