@@ -81,8 +81,9 @@ impl RoleError {
 
 /// Runs one role to its end.
 pub(crate) fn main(role: RoleName, config: Option<&Path>, memory_bytes: Option<u64>) -> ExitCode {
-    // A role does not outlive who started it; under systemd the parent is the manager itself.
-    if let Err(error) = nix::sys::prctl::set_pdeathsig(Signal::SIGTERM) {
+    // A role does not outlive who started it; under systemd the parent is the manager itself. It is
+    // killed and not asked to stop: asked, it would end a session that the next start takes up.
+    if let Err(error) = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL) {
         tracing::warn!(%error, "the role will outlive its supervisor");
     }
     if role == RoleName::Parse {

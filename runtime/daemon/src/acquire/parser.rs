@@ -64,10 +64,19 @@ impl Parser {
     /// # Errors
     /// [`ParserError`] where the child cannot answer; the next file gets a new child.
     pub(crate) fn parse(&mut self, bytes: &[u8]) -> Result<ParseReply, ParserError> {
-        let mut running = match self.child.take() {
-            Some(running) => running,
-            None => start(self.memory_bytes).map_err(ParserError::Start)?,
-        };
+        // A child may have died since the last file, of which this one knows nothing: it gets a new
+        // one. Over a file that a new child dies of, nobody tries again.
+        if let Some(running) = self.child.take() {
+            match self.ask(running, bytes) {
+                Err(ParserError::Died) => {}
+                outcome => return outcome,
+            }
+        }
+        let running = start(self.memory_bytes).map_err(ParserError::Start)?;
+        self.ask(running, bytes)
+    }
+
+    fn ask(&mut self, mut running: Running, bytes: &[u8]) -> Result<ParseReply, ParserError> {
         if wire::write_bytes(&mut running.input, bytes).is_err() {
             return Err(ParserError::Died);
         }

@@ -309,7 +309,8 @@ impl Run {
         let needed = glm::volumes_needed(event.onset_s, glm.tr_s, glm.delay_s);
         let highest = self.highest();
         let whole = self.have(needed) == needed;
-        let given_up = highest >= needed + PATIENCE_VOLUMES
+        let after = self.volumes.len() - self.have(needed);
+        let given_up = after >= PATIENCE_VOLUMES
             || (highest >= needed && self.last_arrival.elapsed() > self.idle());
         if highest == 0 || !(whole || given_up) {
             return Ok(None);

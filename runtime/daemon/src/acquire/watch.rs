@@ -21,6 +21,8 @@ use sha2::{Digest, Sha256};
 const CLOCK_SLACK_MS: u64 = 20;
 /// How often the whole folder is looked at.
 const SCAN_EVERY: Duration = Duration::from_millis(500);
+/// A file of which nobody told that it was closed is complete when two scans find the same.
+const SCANS_UNTIL_COMPLETE: u32 = 2;
 /// Folders below the watched one that are looked into.
 const MAX_DEPTH: usize = 4;
 /// Files that are remembered; beyond that the folder is not one run's export.
@@ -97,16 +99,20 @@ impl Watcher {
         let mut inotify = None;
         let mut next_scan = Instant::now();
         let mut first = true;
+        // What lies there already is known to be complete after two scans. Until then new files
+        // wait as well: overtaken volumes would be taken for lost.
+        let mut scans_to_go = SCANS_UNTIL_COMPLETE;
+        let mut found = Vec::new();
         while !stop.load(Ordering::Relaxed) {
             if inotify.is_none() {
                 inotify = self.arm();
             }
-            let mut found = Vec::new();
             let wait = next_scan.saturating_duration_since(Instant::now());
             self.wait_for_events(&mut inotify, wait, &mut found);
             if Instant::now() >= next_scan {
                 match self.scan(&mut found) {
                     Ok(()) => {
+                        scans_to_go = scans_to_go.saturating_sub(1);
                         if std::mem::take(&mut self.lost) && !tell(Notice::FolderBack) {
                             return;
                         }
@@ -119,6 +125,7 @@ impl Watcher {
                     }
                     Err(error) => {
                         inotify = None;
+                        scans_to_go = SCANS_UNTIL_COMPLETE;
                         if !std::mem::replace(&mut self.lost, true)
                             && !tell(Notice::FolderLost(error.to_string()))
                         {
@@ -128,9 +135,12 @@ impl Watcher {
                 }
                 next_scan = Instant::now() + SCAN_EVERY;
             }
+            if scans_to_go > 0 {
+                continue;
+            }
             // The scanner numbers its files: names keep volumes in order where several are new.
             found.sort_by(|a, b| a.path.cmp(&b.path));
-            for file in found {
+            for file in found.drain(..) {
                 if !tell(Notice::Found(file)) {
                     return;
                 }
@@ -315,6 +325,20 @@ mod tests {
         assert_eq!(found.recv_timeout(WAIT).unwrap(), "ignored 1");
         fs::write(dir.path().join("new.dcm"), "new").unwrap();
         assert_eq!(found.recv_timeout(WAIT).unwrap(), "new.dcm");
+        stop.store(true, Ordering::Relaxed);
+    }
+
+    #[test]
+    fn a_new_file_does_not_overtake_what_lay_there() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["1.dcm", "2.dcm"] {
+            fs::write(dir.path().join(name), name).unwrap();
+        }
+        let (found, stop) = watch(dir.path(), None);
+        std::thread::sleep(Duration::from_millis(100));
+        fs::write(dir.path().join("3.dcm"), "3").unwrap();
+        let names: Vec<String> = (0..3).map(|_| found.recv_timeout(WAIT).unwrap()).collect();
+        assert_eq!(names, ["1.dcm", "2.dcm", "3.dcm"]);
         stop.store(true, Ordering::Relaxed);
     }
 
