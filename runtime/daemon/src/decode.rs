@@ -22,7 +22,7 @@ use wire::{
 
 use crate::link::{Heard, Keep, Publisher, subscribe, trial_key};
 use crate::logging::chain;
-use crate::record::{self, RecordError};
+use crate::record;
 use crate::roles::RoleError;
 use crate::settings::Settings;
 use crate::{acquire, pipeline};
@@ -149,6 +149,8 @@ fn work(
     stop: &Arc<AtomicBool>,
 ) {
     let (waiting, woken) = &**inbox;
+    let mut current = None;
+    let mut recording = true;
     while !stop.load(Ordering::Relaxed) {
         let (session, trial, dropped) = {
             let guard = waiting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -174,12 +176,30 @@ fn work(
             continue;
         };
         let folder = record::session_dir(&settings.state_dir, &session.id).join("pictures");
-        if let Err(reason) = model.decode(&folder, &session, &trial, publisher) {
-            let (run, number) = (trial.run, trial.trial);
-            fault(
-                publisher,
-                format!("Run {run}: trial {number} has no picture: {reason}"),
-            );
+        if current.as_ref() != Some(&session.id) {
+            publisher.forget_trials();
+            current = Some(session.id.clone());
+        }
+        let (run, number) = (trial.run, trial.trial);
+        match model.decode(&folder, &session, &trial, publisher) {
+            Ok(()) => recording = true,
+            Err(Undecoded::Failed(reason)) => {
+                fault(
+                    publisher,
+                    format!("Run {run}: trial {number} has no picture: {reason}"),
+                );
+            }
+            Err(Undecoded::Unrecorded(reason)) => {
+                if std::mem::take(&mut recording) {
+                    fault(
+                        publisher,
+                        format!(
+                            "Run {run}: from trial {number} on, pictures are shown and not recorded: \
+                             {reason}. Make room on the disk of paths.state"
+                        ),
+                    );
+                }
+            }
         }
     }
 }
@@ -187,6 +207,14 @@ fn work(
 fn fault(publisher: &Publisher, text: String) {
     tracing::warn!(fault = %text, "fault");
     publisher.publish(&FromDecode::Fault { text }, Keep::No);
+}
+
+/// What went wrong with a trial.
+enum Undecoded {
+    /// It has no picture.
+    Failed(String),
+    /// It has, and the record has not.
+    Unrecorded(String),
 }
 
 /// A loaded bundle.
@@ -204,26 +232,30 @@ impl Model {
         session: &SessionMessage,
         trial: &TrialMessage,
         publisher: &Publisher,
-    ) -> Result<(), String> {
+    ) -> Result<(), Undecoded> {
         let span = tracing::info_span!("trial.decode", run = trial.run, trial = trial.trial);
         let _entered = span.enter();
         let started = Instant::now();
-        record::create_private(folder).map_err(|error| error.to_string())?;
+        // Where it cannot be created, nothing is recorded, and that is said below.
+        let _ = record::create_private(folder);
         let hash = zbetas_sha256(&trial.zbetas);
         if self.tell_from_record(folder, session, trial, &hash, publisher) {
             tracing::info!("trial is on record, not decoded again");
             return Ok(());
         }
-        let mut failed: Option<RecordError> = None;
+        let mut failed: Option<String> = None;
         let mut steps = 0;
         let mut present = |kind, picture: &Picture, steps: u32| {
-            let shown = self.present(folder, session, trial, kind, picture, steps, started);
-            match shown {
+            match self.message(session, trial, kind, picture, steps, started) {
                 Ok(message) => {
+                    let path = picture_path(folder, trial, kind);
+                    // A full disk stops the recording and not the display.
+                    let kept = record::write_whole(&path, &message.png);
                     let key = trial_key(trial.run, trial.trial, part(kind));
                     publisher.publish(&FromDecode::Picture(message), Keep::Under(key));
+                    failed = failed.take().or(kept.err().map(|error| chain(&error)));
                 }
-                Err(error) => failed = Some(error),
+                Err(error) => failed = Some(chain(&error)),
             }
         };
         let reconstruction =
@@ -243,9 +275,9 @@ impl Model {
                     }
                 }
             })
-            .map_err(|error| chain(&error))?;
-        if let Some(error) = failed {
-            return Err(chain(&error));
+            .map_err(|error| Undecoded::Failed(chain(&error)))?;
+        if let Some(reason) = failed {
+            return Err(Undecoded::Unrecorded(reason));
         }
         let file = PictureFile {
             run: trial.run,
@@ -264,7 +296,7 @@ impl Model {
         };
         // Last: a trial with this file is whole.
         record::write_json(&base(folder, trial).with_extension("json"), &file)
-            .map_err(|error| chain(&error))?;
+            .map_err(|error| Undecoded::Unrecorded(chain(&error)))?;
         tracing::info!(
             took_ms = started.elapsed().as_secs_f64() * 1e3,
             "trial decoded"
@@ -272,27 +304,23 @@ impl Model {
         Ok(())
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one picture's whole provenance")]
-    fn present(
+    fn message(
         &self,
-        folder: &Path,
         session: &SessionMessage,
         trial: &TrialMessage,
         kind: PictureKind,
         picture: &Picture,
         steps: u32,
         started: Instant,
-    ) -> Result<PictureMessage, RecordError> {
-        let path = picture_path(folder, trial, kind);
+    ) -> Result<PictureMessage, png::PngError> {
         let png = encode(
             picture,
             &self.digest,
             noise_key(session, trial),
             self.random_weights,
-        )
-        .map_err(|error| record::at(&path)(std::io::Error::other(chain(&error))))?;
-        record::write_whole(&path, &png)?;
+        )?;
         Ok(PictureMessage {
+            session: session.id.clone(),
             run: trial.run,
             trial: trial.trial,
             kind,
@@ -341,6 +369,7 @@ impl Model {
                 return false;
             };
             let message = PictureMessage {
+                session: session.id.clone(),
                 run: trial.run,
                 trial: trial.trial,
                 kind,

@@ -36,9 +36,12 @@ pub(crate) enum Keep {
     Under(u64),
 }
 
+/// The first key of messages about trials.
+const TRIAL_KEYS: u64 = 1 << 60;
+
 /// The key of a message about a trial.
 pub(crate) fn trial_key(run: u32, trial: u32, part: u8) -> u64 {
-    (1 << 60) | (u64::from(run) << 40) | (u64::from(trial) << 8) | u64::from(part)
+    TRIAL_KEYS | (u64::from(run) << 40) | (u64::from(trial) << 8) | u64::from(part)
 }
 
 type Frame = Arc<Vec<u8>>;
@@ -153,6 +156,14 @@ impl Publisher {
         let outcome = send_all(&mut stream, kept, &queue);
         tracing::info!(role = %hello.role, socket = self.name, reason = %outcome, "listener gone");
         drop(serving);
+    }
+
+    /// Forgets what was kept about trials: it belongs to a session that is over.
+    pub(crate) fn forget_trials(&self) {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let about_trials = shared.kept.split_off(&TRIAL_KEYS);
+        let gone: usize = about_trials.values().map(|frame| frame.len()).sum();
+        shared.kept_bytes -= gone;
     }
 
     /// Says something to everybody who listens.

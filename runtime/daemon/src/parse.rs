@@ -6,6 +6,7 @@ use std::io::{self, BufReader, BufWriter};
 use std::process::ExitCode;
 
 use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::SigSet;
 use wire::{FrameError, ParseReply};
 
 use crate::logging::chain;
@@ -13,6 +14,10 @@ use crate::pipeline;
 
 /// Runs until standard input ends.
 pub(crate) fn main(memory_bytes: u64) -> ExitCode {
+    // The one who started this has blocked signals for its own purposes.
+    if SigSet::all().thread_unblock().is_err() {
+        return ExitCode::FAILURE;
+    }
     let limits = [
         (Resource::RLIMIT_AS, memory_bytes),
         (Resource::RLIMIT_FSIZE, 0),

@@ -8,14 +8,15 @@ use std::process::ExitCode;
 use bundle::{Bundle, PublicKey};
 use clap::{Args, ValueEnum};
 use decoder::{Decoder, Fidelity, NoiseKey, Progress, Runtime, Tier};
-use ndarray::{Array3, ArrayD, Axis, Ix3};
-use ndarray_npy::ReadNpyExt;
+use ndarray::{Array3, ArrayD, ArrayViewD, Axis, Ix3};
+use ndarray_npy::ViewNpyExt;
 use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
 
 use crate::decode::encode;
 use crate::logging::chain;
 use crate::record;
+use crate::roles::EXIT_SETTING;
 
 /// Longest file of betas.
 const MAX_BYTES: u64 = 4 << 30;
@@ -110,7 +111,12 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "error: {}", chain(&error));
-            ExitCode::FAILURE
+            match error {
+                ReconstructError::Bundle(_) | ReconstructError::Key(_) => {
+                    ExitCode::from(EXIT_SETTING)
+                }
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -251,11 +257,11 @@ fn read_betas(path: &Path) -> Result<Array3<f32>, ReconstructError> {
     })
 }
 
+/// Views compare the header's shape with the length before anything is allocated.
 fn npy(bytes: &[u8]) -> Result<ArrayD<f32>, String> {
-    let single = ArrayD::<f32>::read_npy(bytes);
-    match single {
-        Ok(values) => Ok(values),
-        Err(error) => match ArrayD::<f64>::read_npy(bytes) {
+    match ArrayViewD::<f32>::view_npy(bytes) {
+        Ok(values) => Ok(values.to_owned()),
+        Err(error) => match ArrayViewD::<f64>::view_npy(bytes) {
             #[expect(
                 clippy::cast_possible_truncation,
                 reason = "networks take single precision"

@@ -15,13 +15,17 @@
 //! cuts short is dropped at the next start. Everything else appears whole, by renaming.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use wire::FrameError;
 
+/// The file that names the session in progress.
+const CURRENT: &str = "current";
+const SESSION_FILE: &str = "session.json";
 /// An unfinished session older than this is not taken up again.
 const MAX_AGE: Duration = Duration::from_secs(12 * 3600);
 
@@ -71,6 +75,10 @@ pub(crate) struct SessionFile {
     pub(crate) label: String,
     /// Seed of all noise.
     pub(crate) seed: u64,
+    /// Who lies in the scanner, as the bundle calls them.
+    pub(crate) subject: String,
+    /// SHA-256 of the mask's voxels.
+    pub(crate) mask: String,
     /// When it began, Unix milliseconds.
     pub(crate) started_at_ms: u64,
     /// Version of this program.
@@ -82,7 +90,6 @@ pub(crate) struct SessionFile {
 /// A session's folder.
 #[derive(Clone, Debug)]
 pub(crate) struct Session {
-    state_dir: PathBuf,
     /// The folder.
     pub(crate) dir: PathBuf,
     /// What `session.json` says.
@@ -91,21 +98,32 @@ pub(crate) struct Session {
     pub(crate) resumed: bool,
 }
 
+/// What a session is about; another one of these is another session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct About {
+    /// What the pages call it.
+    pub(crate) label: String,
+    /// Who lies in the scanner, as the bundle calls them.
+    pub(crate) subject: String,
+    /// SHA-256 of the mask's voxels.
+    pub(crate) mask: String,
+    /// Seed of all noise; drawn where absent.
+    pub(crate) seed: Option<u64>,
+}
+
 impl Session {
     /// Takes up the session that a crash left open, or begins a new one.
-    pub(crate) fn open(
-        state_dir: &Path,
-        label: &str,
-        seed: Option<u64>,
-    ) -> Result<Session, RecordError> {
-        let current = state_dir.join("current");
+    ///
+    /// A session that is about something else (label, subject, mask, seed) is not taken up.
+    pub(crate) fn open(state_dir: &Path, about: About) -> Result<Session, RecordError> {
+        let current = state_dir.join(CURRENT);
         if let Ok(id) = fs::read_to_string(&current)
-            && let Some(session) = Session::resume(state_dir, id.trim())
+            && let Some(session) = Session::resume(state_dir, id.trim(), &about)
         {
             return Ok(session);
         }
         let now = now_ms();
-        let seed = match seed {
+        let seed = match about.seed {
             Some(seed) => seed,
             None => random_seed().map_err(at(Path::new("/dev/urandom")))?,
         };
@@ -117,44 +135,43 @@ impl Session {
         }
         let file = SessionFile {
             id: id.clone(),
-            label: label.into(),
+            label: about.label,
             seed,
+            subject: about.subject,
+            mask: about.mask,
             started_at_ms: now,
             software: env!("CARGO_PKG_VERSION").into(),
             ended_at_ms: None,
         };
-        write_json(&dir.join("session.json"), &file)?;
+        write_json(&dir.join(SESSION_FILE), &file)?;
         write_whole(&current, id.as_bytes())?;
         Ok(Session {
-            state_dir: state_dir.into(),
             dir,
             file,
             resumed: false,
         })
     }
 
-    fn resume(state_dir: &Path, id: &str) -> Option<Session> {
-        // The id is a folder name of our own making, or it is not looked at.
-        if id.is_empty() || !id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
+    fn resume(state_dir: &Path, id: &str, about: &About) -> Option<Session> {
+        let dir = named_session(state_dir, id)?;
+        let file: SessionFile = read_json(&dir.join(SESSION_FILE)).ok()?;
+        let age = Duration::from_millis(now_ms().saturating_sub(file.started_at_ms));
+        if file.ended_at_ms.is_some() || age >= MAX_AGE {
             return None;
         }
-        let dir = session_dir(state_dir, id);
-        let file: SessionFile = read_json(&dir.join("session.json")).ok()?;
-        let age = Duration::from_millis(now_ms().saturating_sub(file.started_at_ms));
-        (file.ended_at_ms.is_none() && age < MAX_AGE).then(|| Session {
-            state_dir: state_dir.into(),
+        let same = file.label == about.label
+            && file.subject == about.subject
+            && file.mask == about.mask
+            && about.seed.is_none_or(|seed| seed == file.seed);
+        if !same {
+            tracing::warn!(session = %file.id, "the open session is about something else, another one begins");
+            return None;
+        }
+        Some(Session {
             dir,
             file,
             resumed: true,
         })
-    }
-
-    /// Ends the session: the next start begins another one.
-    pub(crate) fn end(&mut self) -> Result<(), RecordError> {
-        self.file.ended_at_ms = Some(now_ms());
-        write_json(&self.dir.join("session.json"), &self.file)?;
-        let current = self.state_dir.join("current");
-        fs::remove_file(&current).map_err(at(&current))
     }
 
     /// The folder of a run, created where it is not there.
@@ -177,6 +194,29 @@ impl Session {
     }
 }
 
+/// Ends the session in progress, where there is one: the next start begins another.
+///
+/// Only who was asked to stop may end a session; a role that dies or is killed leaves it open.
+pub(crate) fn end_session(state_dir: &Path) -> Result<(), RecordError> {
+    let current = state_dir.join(CURRENT);
+    let Ok(id) = fs::read_to_string(&current) else {
+        return Ok(());
+    };
+    if let Some(dir) = named_session(state_dir, id.trim())
+        && let Ok(mut file) = read_json::<SessionFile>(&dir.join(SESSION_FILE))
+    {
+        file.ended_at_ms = Some(now_ms());
+        write_json(&dir.join(SESSION_FILE), &file)?;
+    }
+    fs::remove_file(&current).map_err(at(&current))
+}
+
+/// The folder of a session whose id was read from a file: a name of our own making, or none.
+fn named_session(state_dir: &Path, id: &str) -> Option<PathBuf> {
+    let plain = !id.is_empty() && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+    plain.then(|| session_dir(state_dir, id))
+}
+
 /// The folder of a session.
 pub(crate) fn session_dir(state_dir: &Path, id: &str) -> PathBuf {
     state_dir.join("sessions").join(id)
@@ -194,7 +234,8 @@ fn random_seed() -> io::Result<u64> {
     use std::io::Read;
     let mut bytes = [0_u8; 8];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(u64::from_le_bytes(bytes))
+    // TOML and JSON readers hold 63 bits.
+    Ok(u64::from_le_bytes(bytes) >> 1)
 }
 
 /// Creates a folder, and those above it, that only this user can look into.
@@ -248,7 +289,10 @@ pub(crate) struct Journal {
 }
 
 impl Journal {
-    /// Opens or begins a journal and returns its whole entries; a torn end is cut off.
+    /// Opens or begins a journal and returns its whole entries.
+    ///
+    /// An entry that a crash cut short is cut off. Where anything else is wrong, the file as it was
+    /// is kept beside the journal before it goes on without the rest.
     pub(crate) fn open<T: DeserializeOwned>(path: &Path) -> Result<(Journal, Vec<T>), RecordError> {
         let error = at(path);
         let file = OpenOptions::new()
@@ -259,23 +303,29 @@ impl Journal {
             .map_err(&error)?;
         let mut reader = BufReader::new(&file);
         let (mut entries, mut good) = (Vec::new(), 0);
-        loop {
+        let end = loop {
             match wire::read::<T>(&mut reader) {
                 Ok(entry) => entries.push(entry),
-                Err(_) => break,
+                Err(end) => break end,
             }
             good = reader.stream_position().map_err(&error)?;
-        }
+        };
         drop(reader);
         let len = file.metadata().map_err(&error)?.len();
         if len > good {
-            tracing::warn!(
-                dropped_bytes = len - good,
-                "the last entry of a journal was torn, it is dropped"
-            );
+            let torn = matches!(&end, FrameError::Io(source) if source.kind() == io::ErrorKind::UnexpectedEof);
+            if !torn {
+                let kept = path.with_extension(format!("damaged-{}", now_ms()));
+                fs::copy(path, &kept).map_err(at(&kept))?;
+                tracing::error!(reason = %end, dropped_bytes = len - good, "a journal is damaged, it is kept aside and goes on without the rest");
+            } else {
+                tracing::warn!(
+                    dropped_bytes = len - good,
+                    "the last entry of a journal was torn, it is dropped"
+                );
+            }
             file.set_len(good).map_err(&error)?;
         }
-        (&file).seek(SeekFrom::End(0)).map_err(&error)?;
         Ok((
             Journal {
                 path: path.into(),
@@ -287,18 +337,22 @@ impl Journal {
 
     /// Appends an entry; it is on the disk when this returns.
     pub(crate) fn append<T: Serialize>(&mut self, entry: &T) -> Result<(), RecordError> {
-        let before = self.file.metadata().map_err(at(&self.path))?.len();
-        let written = wire::write(&mut self.file, entry)
-            .map_err(|source| RecordError::Frame {
-                path: self.path.clone(),
-                source,
-            })
-            .and_then(|()| self.file.sync_data().map_err(at(&self.path)));
+        let mut bytes = Vec::new();
+        wire::write(&mut bytes, entry).map_err(|source| RecordError::Frame {
+            path: self.path.clone(),
+            source,
+        })?;
+        let error = at(&self.path);
+        let before = self.file.metadata().map_err(&error)?.len();
+        let written = self
+            .file
+            .write_all(&bytes)
+            .and_then(|()| self.file.sync_data());
         if written.is_err() {
             // A full disk must not leave half an entry in front of later ones.
             let _ = self.file.set_len(before);
         }
-        written
+        written.map_err(error)
     }
 }
 
@@ -306,17 +360,62 @@ impl Journal {
 mod tests {
     use super::*;
 
+    fn about(label: &str) -> About {
+        About {
+            label: label.into(),
+            subject: "subj01".into(),
+            mask: "m".into(),
+            seed: None,
+        }
+    }
+
     #[test]
     fn a_session_that_was_not_ended_is_taken_up_again() {
         let dir = tempfile::tempdir().unwrap();
-        let first = Session::open(dir.path(), "One", None).unwrap();
-        let mut again = Session::open(dir.path(), "Two", Some(1)).unwrap();
+        let first = Session::open(dir.path(), about("One")).unwrap();
+        let again = Session::open(dir.path(), about("One")).unwrap();
         assert!(!first.resumed && again.resumed);
         assert_eq!(first.file, again.file);
-        again.end().unwrap();
-        let third = Session::open(dir.path(), "Three", Some(1)).unwrap();
+        end_session(dir.path()).unwrap();
+        let third = Session::open(dir.path(), about("One")).unwrap();
         assert!(!third.resumed);
-        assert_ne!(third.file.id, first.file.id);
+    }
+
+    #[test]
+    fn an_open_session_about_somebody_else_is_not_taken_up() {
+        let dir = tempfile::tempdir().unwrap();
+        Session::open(dir.path(), about("One")).unwrap();
+        let other = About {
+            subject: "subj02".into(),
+            ..about("One")
+        };
+        assert!(!Session::open(dir.path(), other).unwrap().resumed);
+    }
+
+    #[test]
+    fn a_damaged_journal_is_kept_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("j.bin");
+        let (mut journal, _) = Journal::open::<(u32, Option<u8>)>(&path).unwrap();
+        for index in 0..3_u32 {
+            journal.append(&(index, Some(1_u8))).unwrap();
+        }
+        let mut bytes = fs::read(&path).unwrap();
+        // The option's tag in the second entry.
+        let entry = bytes.len() / 3;
+        bytes[entry + 5] = 7;
+        fs::write(&path, &bytes).unwrap();
+        let (_, kept) = Journal::open::<(u32, Option<u8>)>(&path).unwrap();
+        assert_eq!(kept, [(0, Some(1))]);
+        let aside = fs::read_dir(dir.path()).unwrap().filter(|entry| {
+            entry
+                .as_ref()
+                .unwrap()
+                .file_name()
+                .to_string_lossy()
+                .contains("damaged")
+        });
+        assert_eq!(aside.count(), 1);
     }
 
     #[test]

@@ -38,6 +38,15 @@ pub(crate) enum RoleError {
     /// The record.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// Another acquire writes the record.
+    #[error("{path} is held by another afterimage")]
+    Locked {
+        /// The lock.
+        path: std::path::PathBuf,
+    },
+    /// The threads that read the scanner's files are gone.
+    #[error("the threads that read the scanner's files ended")]
+    Readers,
     /// A socket between roles.
     #[error("a socket in paths.runtime cannot be used")]
     Socket {
@@ -68,21 +77,48 @@ pub(crate) enum RoleError {
 
 impl RoleError {
     fn exit_code(&self) -> u8 {
-        match self {
+        let setting = matches!(
+            self,
             RoleError::Setting(_)
-            | RoleError::Bundle(_)
-            | RoleError::Key(_)
-            | RoleError::Runtime(_)
-            | RoleError::Decoder(_) => EXIT_SETTING,
-            _ => 1,
+                | RoleError::Bundle(_)
+                | RoleError::Key(_)
+                | RoleError::Runtime(_)
+                | RoleError::Decoder(_)
+        );
+        // A disk or a mount that fails now may work at the next try; what is missing or wrong will not.
+        if setting && !is_transient(self) {
+            EXIT_SETTING
+        } else {
+            1
         }
     }
+}
+
+/// Whether the system, and not what is there, is the cause.
+fn is_transient(error: &dyn std::error::Error) -> bool {
+    use std::io::ErrorKind;
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<std::io::Error>() {
+            let lasting = [
+                ErrorKind::NotFound,
+                ErrorKind::PermissionDenied,
+                ErrorKind::InvalidData,
+                ErrorKind::UnexpectedEof,
+                ErrorKind::NotADirectory,
+                ErrorKind::IsADirectory,
+            ];
+            return !lasting.contains(&io.kind());
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// Runs one role to its end.
 pub(crate) fn main(role: RoleName, config: Option<&Path>, memory_bytes: Option<u64>) -> ExitCode {
     // A role does not outlive who started it; under systemd the parent is the manager itself. It is
-    // killed and not asked to stop: asked, it would end a session that the next start takes up.
+    // killed and not asked to stop: everything here may be killed at any time.
     if let Err(error) = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL) {
         tracing::warn!(%error, "the role will outlive its supervisor");
     }

@@ -13,6 +13,8 @@ use rtfmri::glm::{Hrf, Noise};
 use serde::Deserialize;
 
 const DEFAULTS: &str = include_str!("defaults.toml");
+/// Longest path of the sockets' folder; a socket's whole name has at most 107 bytes.
+const MAX_SOCKET_DIR: usize = 85;
 /// Longest settings file that is read.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
@@ -286,10 +288,10 @@ impl Settings {
             if let Some(text) = &site_text {
                 builder = builder.add_source(File::from_str(text, FileFormat::Toml));
             }
+            // Values stay text here and are read as what their field is.
             let environment = Environment::with_prefix("AFTERIMAGE")
                 .prefix_separator("__")
-                .separator("__")
-                .try_parsing(true);
+                .separator("__");
             builder.add_source(environment).build()
         };
         let first = merged(None).map_err(|error| wrong(&error))?;
@@ -304,6 +306,16 @@ impl Settings {
             .and_then(Config::try_deserialize)
             .map_err(|error| wrong(&error))?;
         raw.checked(&base)
+    }
+}
+
+impl Settings {
+    /// Checks what must be there at the first start and may be gone for a while later.
+    ///
+    /// # Errors
+    /// [`SettingsError::Missing`].
+    pub(crate) fn check_folder(&self) -> Result<(), SettingsError> {
+        present("scanner.folder", self.folder.clone(), Kind::Folder).map(|_| ())
     }
 }
 
@@ -374,9 +386,21 @@ impl RawSettings {
                     .into(),
             });
         }
+        if let Some(seed) = self.session.seed {
+            whole("session.seed", seed, 0, i64::MAX.cast_unsigned())?;
+        }
+        let runtime_dir = base.join(self.paths.runtime);
+        let len = runtime_dir.as_os_str().len();
+        if len > MAX_SOCKET_DIR {
+            return Err(SettingsError::Range {
+                field: "paths.runtime",
+                found: format!("a path of {len} bytes"),
+                expected: format!("at most {MAX_SOCKET_DIR}: sockets have short names only"),
+            });
+        }
         Ok(Settings {
             state_dir: base.join(self.paths.state),
-            runtime_dir: base.join(self.paths.runtime),
+            runtime_dir,
             label,
             seed: self.session.seed,
             folder,

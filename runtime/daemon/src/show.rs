@@ -2,7 +2,7 @@
 //!
 //! It holds the newest pictures and nothing else: no betas, no key, no stimulus, no patient.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -22,7 +22,12 @@ struct Known {
     session: Option<(String, String)>,
     model: Option<(String, bool, String)>,
     roles: BTreeMap<String, RoleState>,
+    /// Pictures of a session that was not announced yet; the two connections race.
+    early: VecDeque<PictureMessage>,
 }
+
+/// Pictures that wait for their session.
+const MAX_EARLY: usize = 2 * display::board::MAX_TRIALS;
 
 #[derive(Clone)]
 struct Desk {
@@ -58,10 +63,21 @@ impl Desk {
 
     fn picture(&self, message: PictureMessage) {
         let fidelity = {
-            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-            known
-                .model
+            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            if known
+                .session
                 .as_ref()
+                .is_none_or(|(id, _)| *id != message.session)
+            {
+                // Of a session that is over, or about to be announced.
+                known.early.push_back(message);
+                if known.early.len() > MAX_EARLY {
+                    known.early.pop_front();
+                }
+                return;
+            }
+            let model = known.model.as_ref();
+            model
                 .map(|(_, _, fidelity)| fidelity.clone())
                 .unwrap_or_default()
         };
@@ -98,7 +114,13 @@ impl Desk {
             Heard::Connected => self.role(RoleName::Acquire, RoleState::Up),
             Heard::Lost => self.role(RoleName::Acquire, RoleState::Down),
             Heard::Message(FromAcquire::Session(session)) => {
-                self.learn(|known| known.session = Some((session.id, session.label)));
+                let mut early = VecDeque::new();
+                self.learn(|known| {
+                    known.session = Some((session.id, session.label));
+                    early = std::mem::take(&mut known.early);
+                });
+                // Those of another session find no place here.
+                early.into_iter().for_each(|picture| self.picture(picture));
             }
             Heard::Message(FromAcquire::RunStarted { run, tr_ms, .. }) => {
                 self.board.run_started(run, tr_ms);

@@ -44,6 +44,18 @@ pub(crate) fn main(config: Option<&Path>) -> ExitCode {
         Ok(settings) => settings,
         Err(error) => return refuse(&error),
     };
+    if let Err(error) = settings.check_folder() {
+        return refuse(&error);
+    }
+    for (field, dir) in [
+        ("paths.state", &settings.state_dir),
+        ("paths.runtime", &settings.runtime_dir),
+    ] {
+        if let Err(error) = record::create_private(dir) {
+            let message = format!("{field} = {} cannot be used: {error}", dir.display());
+            return refuse(&std::io::Error::new(error.kind(), message));
+        }
+    }
     logging::start(&settings);
     match supervise(&settings, config) {
         Ok(code) => code,
@@ -55,11 +67,6 @@ pub(crate) fn main(config: Option<&Path>) -> ExitCode {
 }
 
 fn supervise(settings: &Settings, config: Option<&Path>) -> std::io::Result<ExitCode> {
-    for dir in [&settings.state_dir, &settings.runtime_dir] {
-        record::create_private(dir).map_err(|error| {
-            std::io::Error::new(error.kind(), format!("{}: {error}", dir.display()))
-        })?;
-    }
     let lock = std::fs::File::create(settings.runtime_dir.join("lock"))?;
     let Ok(_lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
         tracing::error!(runtime = %settings.runtime_dir.display(), "another afterimage runs here already");
@@ -83,7 +90,7 @@ async fn watch_over(settings: &Settings, config: Option<&Path>) -> std::io::Resu
     }
     drop(tell);
     let mut waiting = ROLES.to_vec();
-    let mut code = ExitCode::SUCCESS;
+    let (mut code, mut asked) = (ExitCode::SUCCESS, true);
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
@@ -101,10 +108,13 @@ async fn watch_over(settings: &Settings, config: Option<&Path>) -> std::io::Resu
                 }
                 Some(Told::Refused(role)) => {
                     tracing::error!(%role, "the role cannot work with these settings, stopping");
-                    code = ExitCode::from(EXIT_SETTING);
+                    (code, asked) = (ExitCode::from(EXIT_SETTING), false);
                     break;
                 }
-                None => break,
+                None => {
+                    asked = false;
+                    break;
+                }
             }
         }
     }
@@ -112,6 +122,13 @@ async fn watch_over(settings: &Settings, config: Option<&Path>) -> std::io::Resu
     stop.send_replace(true);
     for keeper in keepers {
         let _ = keeper.await;
+    }
+    // Who was asked to stop ends the session; what dies by itself is taken up again.
+    if asked && let Err(error) = record::end_session(&settings.state_dir) {
+        tracing::error!(
+            error = logging::chain(&error),
+            "the session could not be ended"
+        );
     }
     tracing::info!("all roles stopped");
     Ok(code)
@@ -125,6 +142,7 @@ struct Keeper {
     notify: UnixDatagram,
     tell: mpsc::Sender<Told>,
     stopping: watch::Receiver<bool>,
+    was_ready: bool,
 }
 
 impl Keeper {
@@ -149,6 +167,7 @@ impl Keeper {
             notify: UnixDatagram::from_std(notify)?,
             tell,
             stopping,
+            was_ready: false,
         })
     }
 
@@ -166,7 +185,9 @@ impl Keeper {
             if *self.stopping.borrow() {
                 return;
             }
-            if status.and_then(|status| status.code()) == Some(i32::from(EXIT_SETTING)) {
+            // A role that worked before works again when the cause is gone; the others go on.
+            let refused = status.and_then(|status| status.code()) == Some(i32::from(EXIT_SETTING));
+            if refused && !self.was_ready {
                 let _ = self.tell.send(Told::Refused(self.role)).await;
                 return;
             }
@@ -184,8 +205,11 @@ impl Keeper {
     }
 
     fn start(&self) -> std::io::Result<Child> {
-        let mut command = Command::new(std::env::current_exe()?);
-        command.args(["role", self.role.as_str()]);
+        // The running program itself, also after an update has replaced its file.
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .arg0("afterimage")
+            .args(["role", self.role.as_str()]);
         if let Some(config) = &self.config {
             command.arg("--config").arg(config);
         }
@@ -207,6 +231,7 @@ impl Keeper {
                 received = self.notify.recv(&mut message) => {
                     let text = received.map_or(&[][..], |len| &message[..len]);
                     if text.split(|&byte| byte == b'\n').any(|line| line == b"READY=1") {
+                        self.was_ready = true;
                         let _ = self.tell.send(Told::Ready(self.role)).await;
                     }
                 }

@@ -4,7 +4,7 @@ use ndarray::{ArrayD, ArrayViewD, Axis};
 
 /// Channel means and deviations of CLIP's training pictures.
 const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const STD_DEV: [f32; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
+const STD_DEV: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// Normalises pictures as sgm's `FrozenOpenCLIPImageEmbedder` does.
 ///

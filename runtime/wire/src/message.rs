@@ -207,6 +207,8 @@ impl PictureKind {
 /// A picture with what made it.
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub struct PictureMessage {
+    /// The session it belongs to.
+    pub session: String,
     /// Run, from 1.
     pub run: u32,
     /// Trial, from 1.

@@ -14,7 +14,7 @@ mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,23 +22,29 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{Flock, FlockArg};
 use rtfmri::glm::GlmSettings;
 use rtfmri::{Mask, NiftiError, events};
+use sha2::{Digest, Sha256};
 use wire::{FromAcquire, ParseReply, SessionMessage, VolumeMessage};
 
-use self::parser::Parser;
+use self::parser::{Parser, ParserError};
 use self::quarantine::Quarantine;
 use self::run::{Outcome, Plan, Run};
 use self::watch::{Found, Notice, Watcher};
 use crate::link::{Keep, Publisher, trial_key};
 use crate::logging::chain;
-use crate::record::{self, RecordError, Session};
+use crate::record::{self, About, Session};
 use crate::roles::RoleError;
 use crate::settings::{ExistingFiles, Settings};
 
 /// The socket's name in the runtime folder.
 pub(crate) const SOCKET: &str = "acquire.sock";
 const TICK: Duration = Duration::from_millis(100);
+/// How long to wait for another acquire to end.
+const LOCK_WITHIN: Duration = Duration::from_secs(10);
+/// How often a file is tried again when the box, and not the file, is at fault.
+const TRIES: u32 = 25;
 /// Runs of one session that are held; more means that series are being misread.
 const MAX_RUNS: usize = 32;
 const MAX_MASK_BYTES: u64 = 64 << 20;
@@ -60,13 +66,23 @@ struct ReadFile {
     bytes: Vec<u8>,
 }
 
+/// Files that were read and wait for the main thread: each may be a whole volume.
+const READ_AHEAD: usize = 4;
+
 /// Runs the role until `stop`.
 ///
 /// # Errors
 /// [`RoleError`] where it cannot start; what happens to a single file or run is a fault and no end.
 pub(crate) fn main(settings: &Settings, stop: &Arc<AtomicBool>) -> Result<(), RoleError> {
-    let mask = load_mask(settings)?;
-    let session = Session::open(&settings.state_dir, &settings.label, settings.seed)?;
+    let _lock = lock(settings)?;
+    let (mask, mask_sha256) = load_mask(settings)?;
+    let about = About {
+        label: settings.label.clone(),
+        subject: settings.subject.clone(),
+        mask: mask_sha256,
+        seed: settings.seed,
+    };
+    let session = Session::open(&settings.state_dir, about)?;
     tracing::info!(session = %session.file.id, resumed = session.resumed, "session");
     let publisher = Publisher::bind(
         &settings.runtime_dir.join(SOCKET),
@@ -75,23 +91,39 @@ pub(crate) fn main(settings: &Settings, stop: &Arc<AtomicBool>) -> Result<(), Ro
     )
     .map_err(|source| RoleError::Socket { source })?;
     let mut acquire = Acquire::new(settings, mask, session, publisher)?;
-    let (sender, receiver) = sync_channel(settings.queue);
+    let (sender, receiver) = sync_channel(READ_AHEAD);
+    let started_at_ms = acquire.session.file.started_at_ms;
     spawn_readers(
         settings,
-        acquire.session.file.started_at_ms,
+        started_at_ms,
         acquire.known_files(),
         &sender,
         stop,
     )?;
     drop(sender);
     crate::roles::ready();
-    acquire.drain(&receiver, stop);
-    acquire.finish()?;
-    Ok(())
+    acquire.drain(&receiver, stop)
 }
 
-/// The mask, from the site or from the verified bundle, of as many voxels as the bundle maps.
-fn load_mask(settings: &Settings) -> Result<Mask, RoleError> {
+/// One acquire at a time writes the record; the one before may be on its way out.
+fn lock(settings: &Settings) -> Result<Flock<File>, RoleError> {
+    record::create_private(&settings.state_dir).map_err(record::at(&settings.state_dir))?;
+    let path = settings.state_dir.join("lock");
+    let mut file = File::create(&path).map_err(record::at(&path))?;
+    let deadline = Instant::now() + LOCK_WITHIN;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((back, _)) if Instant::now() < deadline => file = back,
+            Err(_) => return Err(RoleError::Locked { path }),
+        }
+        thread::sleep(TICK);
+    }
+}
+
+/// The mask, from the site or from the signed bundle, of as many voxels as the bundle maps; and the
+/// hash of its file.
+fn load_mask(settings: &Settings) -> Result<(Mask, String), RoleError> {
     let unverified = bundle::open(&settings.bundle)?;
     let subjects = &unverified.manifest().subjects;
     let Some(subject) = subjects
@@ -106,14 +138,19 @@ fn load_mask(settings: &Settings) -> Result<Mask, RoleError> {
             known.join(", ")
         )));
     };
-    let path = match (&settings.mask, &subject.mask) {
-        (Some(path), _) => path.clone(),
+    let (place, bytes) = match (&settings.mask, &subject.mask) {
+        (Some(path), _) => {
+            let place = format!("subject.mask = {}", path.display());
+            let bytes = read_bounded(path, MAX_MASK_BYTES)
+                .map_err(|error| RoleError::Setting(format!("{place}: {error}")))?;
+            (place, bytes)
+        }
         (None, Some(inside)) => {
             let key = bundle::PublicKey::from_file(&settings.key)?;
-            let bundle = unverified.verify(&key)?;
-            bundle.file(inside).ok_or_else(|| {
-                RoleError::Setting(format!("{inside} is not a file of the bundle"))
-            })?
+            (
+                format!("{inside} of the bundle"),
+                unverified.read_verified(&key, inside)?,
+            )
         }
         (None, None) => {
             return Err(RoleError::Setting(format!(
@@ -122,9 +159,7 @@ fn load_mask(settings: &Settings) -> Result<Mask, RoleError> {
             )));
         }
     };
-    let wrong =
-        |reason: String| RoleError::Setting(format!("subject.mask = {}: {reason}", path.display()));
-    let bytes = read_bounded(&path, MAX_MASK_BYTES).map_err(|error| wrong(error.to_string()))?;
+    let wrong = |reason: String| RoleError::Setting(format!("{place}: {reason}"));
     let mask = Mask::from_nifti(&bytes).map_err(|error: NiftiError| wrong(chain(&error)))?;
     if mask.len() as u64 != subject.voxels {
         return Err(wrong(format!(
@@ -134,7 +169,11 @@ fn load_mask(settings: &Settings) -> Result<Mask, RoleError> {
             mask.len()
         )));
     }
-    Ok(mask)
+    let hash = Sha256::digest(&bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    Ok((mask, hash))
 }
 
 fn read_bounded(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
@@ -165,20 +204,26 @@ fn spawn_readers(
     thread::Builder::new()
         .name("watch".into())
         .spawn(move || {
-            let watcher = Watcher::new(folder.clone(), since);
+            let watcher = Watcher::new(folder, since);
             watcher.run(&stopping, |notice| match notice {
                 Notice::Found(file) if known.contains(&file.id) => true,
                 Notice::Found(file) => files.send(file).is_ok(),
                 Notice::FolderLost(reason) => watching
                     .send(Event::Fault(format!(
-                        "The scanner's folder {} cannot be read ({reason}): check the mount; volumes \
-                         that arrive meanwhile are taken when it is back",
-                        folder.display()
+                        "The scanner's folder (scanner.folder) cannot be read: {reason}. Check the \
+                         mount; volumes that arrive meanwhile are taken when it is back"
                     )))
                     .is_ok(),
-                Notice::FolderBack => {
-                    watching.send(Event::Fault("The scanner's folder is back".into())).is_ok()
-                }
+                Notice::Full => watching
+                    .send(Event::Fault(
+                        "The scanner's folder (scanner.folder) holds too many files to watch, new \
+                         ones are not taken: clear it out"
+                            .into(),
+                    ))
+                    .is_ok(),
+                Notice::FolderBack => watching
+                    .send(Event::Fault("The scanner's folder is back".into()))
+                    .is_ok(),
                 Notice::Ignored(count) => {
                     tracing::info!(count, "files from before the session are ignored");
                     true
@@ -187,15 +232,15 @@ fn spawn_readers(
         })
         .map_err(thread_error)?;
 
-    let parsed = sender.clone();
+    let (parsed, reading) = (sender.clone(), Arc::clone(stop));
     let limit = settings.max_file_bytes;
     let mut parser = Parser::new(settings.parse_timeout, settings.parse_memory_bytes);
     thread::Builder::new()
         .name("read".into())
         .spawn(move || {
             for file in found {
-                let arrived_ms = record::now_ms();
-                let (reply, bytes) = read_file(&file, limit, &mut parser);
+                let arrived_ms = arrival(&file);
+                let (reply, bytes) = read_file(&file, limit, &mut parser, &reading);
                 let read = ReadFile {
                     file,
                     arrived_ms,
@@ -211,31 +256,51 @@ fn spawn_readers(
     Ok(())
 }
 
+/// When a file arrived: by its own time of change, where that is believable, since a backlog is read
+/// later than it arrived.
+fn arrival(file: &Found) -> u64 {
+    let now = record::now_ms();
+    let believable = now.saturating_sub(24 * 3_600_000)..=now;
+    if believable.contains(&file.changed_ms) {
+        file.changed_ms
+    } else {
+        now
+    }
+}
+
 /// Reads and parses one file; its bytes come back where it must be put aside.
 fn read_file(
     file: &Found,
     limit: u64,
     parser: &mut Parser,
+    stop: &AtomicBool,
 ) -> (Result<ParseReply, String>, Vec<u8>) {
     if file.len_bytes > limit {
         let reason = format!("it has {} bytes, expected at most {limit}", file.len_bytes);
         return (Err(reason), Vec::new());
     }
-    let bytes = match read_bounded(&file.path, limit) {
-        Ok(bytes) => bytes,
-        // The system's reason alone: the name of the file is not shown.
-        Err(error) => {
-            return (
-                Err(format!("it cannot be read: {}", error.kind())),
-                Vec::new(),
-            );
+    let mut last = String::new();
+    for _ in 0..TRIES {
+        match read_bounded(&file.path, limit) {
+            Ok(bytes) => match parser.parse(&bytes) {
+                Ok(reply @ ParseReply::Volume(_)) => return (Ok(reply), Vec::new()),
+                Ok(refused @ ParseReply::Refused { .. }) => return (Ok(refused), bytes),
+                // The box is short of something; the file is not to blame.
+                Err(error @ ParserError::Start(_)) => last = chain(&error),
+                Err(error) => return (Err(chain(&error)), bytes),
+            },
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return (Err("it is gone".into()), Vec::new());
+            }
+            // The system's reason alone: the name of the file is not shown.
+            Err(error) => last = format!("it cannot be read: {}", error.kind()),
         }
-    };
-    match parser.parse(&bytes) {
-        Ok(reply @ ParseReply::Volume(_)) => (Ok(reply), Vec::new()),
-        Ok(refused @ ParseReply::Refused { .. }) => (Ok(refused), bytes),
-        Err(error) => (Err(chain(&error)), bytes),
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        thread::sleep(2 * TICK);
     }
+    (Err(last), Vec::new())
 }
 
 /// The role's state.
@@ -298,7 +363,6 @@ impl Acquire {
             match Run::resume(index, dir, plan) {
                 Ok(Some(run)) => {
                     tracing::info!(run = index, volumes = run.volumes(), "run taken up again");
-                    self.announce(&run);
                     for trial in run.messages() {
                         let key = trial_key(trial.run, trial.trial, 0);
                         self.publisher
@@ -322,7 +386,7 @@ impl Acquire {
         self.runs.values().flat_map(Run::files).collect()
     }
 
-    fn drain(&mut self, events: &Receiver<Event>, stop: &Arc<AtomicBool>) {
+    fn drain(&mut self, events: &Receiver<Event>, stop: &Arc<AtomicBool>) -> Result<(), RoleError> {
         while !stop.load(Ordering::Relaxed) {
             match events.recv_timeout(TICK) {
                 Ok(Event::Fault(text)) => self.fault(text),
@@ -334,11 +398,19 @@ impl Acquire {
                         self.put_aside(&read.file, &read.bytes, &reason);
                     }
                 },
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {
+                    for run in self.runs.values_mut() {
+                        run.give_up_holes();
+                        run.write_arrays();
+                    }
+                }
+                // A reader thread is gone, which only a defect can cause; the session stays open.
+                Err(RecvTimeoutError::Disconnected) => return Err(RoleError::Readers),
             }
             self.fit_what_is_due();
         }
+        self.finish();
+        Ok(())
     }
 
     fn volume(&mut self, volume: VolumeMessage, file: &Found, arrived_ms: u64) {
@@ -388,7 +460,9 @@ impl Acquire {
                 "this session has {MAX_RUNS} runs already; begin another session"
             ));
         }
-        let index = self.runs.values().map(|run| run.index).max().unwrap_or(0) + 1;
+        let recorded = self.session.runs().map_err(|error| chain(&error))?;
+        let held = self.runs.values().map(|run| run.index);
+        let index = held.chain(recorded).max().unwrap_or(0) + 1;
         let dir = self.session.run_dir(index).map_err(|error| chain(&error))?;
         let plan = self.plan_of_run(index);
         let begun = Run::begin(index, dir.clone(), plan, first);
@@ -457,32 +531,22 @@ impl Acquire {
         let mut told = Vec::new();
         let mut faults = Vec::new();
         for run in self.runs.values_mut() {
-            let started = Instant::now();
-            loop {
-                match run.next_due() {
-                    Ok(Some(Outcome::Ready(trial))) => told.push(trial),
-                    Ok(Some(Outcome::Skipped { trial, reason })) => {
+            let mut started = Instant::now();
+            while let Some(outcome) = run.next_due() {
+                let took_ms = started.elapsed().as_secs_f64() * 1e3;
+                tracing::info!(run = run.index, took_ms, "trial.fit");
+                match outcome {
+                    Outcome::Ready(trial) => told.push(trial),
+                    Outcome::Skipped { trial, reason } => {
                         faults.push(format!(
                             "Run {}: trial {trial} is skipped: {reason}",
                             run.index
                         ));
                     }
-                    Ok(None) => break,
-                    Err(error) => {
-                        faults.push(format!(
-                            "Run {}: recording failed: {}",
-                            run.index,
-                            chain(&error)
-                        ));
-                        break;
-                    }
                 }
-                tracing::info!(
-                    run = run.index,
-                    took_ms = started.elapsed().as_secs_f64() * 1e3,
-                    "trial.fit"
-                );
+                started = Instant::now();
             }
+            faults.extend(run.alarm());
             faults.extend(run.ended_early(false));
         }
         for trial in told {
@@ -520,17 +584,14 @@ impl Acquire {
             .publish(&FromAcquire::Fault { text }, Keep::Under(slot));
     }
 
-    fn finish(&mut self) -> Result<(), RecordError> {
-        let ended: Vec<String> = self
-            .runs
-            .values_mut()
-            .filter_map(|run| run.ended_early(true))
-            .collect();
+    fn finish(&mut self) {
+        let mut ended = Vec::new();
+        for run in self.runs.values_mut() {
+            run.write_arrays();
+            ended.extend(run.ended_early(true));
+        }
         for fault in ended {
             self.fault(fault);
         }
-        self.session.end()?;
-        tracing::info!("session ended");
-        Ok(())
     }
 }

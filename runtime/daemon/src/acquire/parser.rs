@@ -1,8 +1,9 @@
 //! The parser child: one scanner file at a time, in a process that may die.
 
 use std::io::{self, BufReader};
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::Duration;
 
@@ -11,10 +12,10 @@ use wire::{FrameError, ParseReply};
 /// Why a file has no reply.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ParserError {
-    /// The child cannot be started.
+    /// The child cannot be started; the file is not to blame.
     #[error("the parser cannot be started")]
     Start(#[source] io::Error),
-    /// The child died over this file.
+    /// A fresh child died over this file.
     #[error("the parser died over it")]
     Died,
     /// The child took too long and was killed.
@@ -34,7 +35,7 @@ pub(crate) struct Parser {
 
 struct Running {
     process: Child,
-    input: ChildStdin,
+    files: SyncSender<Vec<u8>>,
     replies: Receiver<Result<ParseReply, FrameError>>,
 }
 
@@ -61,23 +62,26 @@ impl Parser {
 
     /// Has one file parsed.
     ///
+    /// A child that served before may have died of something else: the file gets a fresh one before
+    /// it is blamed.
+    ///
     /// # Errors
     /// [`ParserError`] where the child cannot answer; the next file gets a new child.
     pub(crate) fn parse(&mut self, bytes: &[u8]) -> Result<ParseReply, ParserError> {
-        // A child may have died since the last file, of which this one knows nothing: it gets a new
-        // one. Over a file that a new child dies of, nobody tries again.
-        if let Some(running) = self.child.take() {
-            match self.ask(running, bytes) {
-                Err(ParserError::Died) => {}
-                outcome => return outcome,
+        if let Some(served) = self.child.take() {
+            match self.ask(served, bytes) {
+                Err(ParserError::Died) => {
+                    tracing::warn!("the parser is gone, another one is started")
+                }
+                answer => return answer,
             }
         }
-        let running = start(self.memory_bytes).map_err(ParserError::Start)?;
-        self.ask(running, bytes)
+        let fresh = start(self.memory_bytes).map_err(ParserError::Start)?;
+        self.ask(fresh, bytes)
     }
 
-    fn ask(&mut self, mut running: Running, bytes: &[u8]) -> Result<ParseReply, ParserError> {
-        if wire::write_bytes(&mut running.input, bytes).is_err() {
+    fn ask(&mut self, running: Running, bytes: &[u8]) -> Result<ParseReply, ParserError> {
+        if running.files.send(bytes.to_vec()).is_err() {
             return Err(ParserError::Died);
         }
         match running.replies.recv_timeout(self.timeout) {
@@ -94,7 +98,9 @@ impl Parser {
 }
 
 fn start(memory_bytes: u64) -> io::Result<Running> {
-    let mut process = Command::new(std::env::current_exe()?)
+    // The running program itself, also after an update has replaced its file.
+    let mut process = Command::new("/proc/self/exe")
+        .arg0("afterimage")
         .args(["role", "parse", "--memory-bytes", &memory_bytes.to_string()])
         .env_clear()
         .stdin(Stdio::piped())
@@ -102,16 +108,19 @@ fn start(memory_bytes: u64) -> io::Result<Running> {
         // A library's panic message may quote the header.
         .stderr(Stdio::null())
         .spawn()?;
-    let (Some(input), Some(output)) = (process.stdin.take(), process.stdout.take()) else {
+    let (Some(mut input), Some(output)) = (process.stdin.take(), process.stdout.take()) else {
         return Err(io::Error::other("the parser has no pipes"));
     };
+    let (files, waiting) = sync_channel::<Vec<u8>>(1);
     let (sender, replies) = sync_channel(1);
+    // A child that neither reads nor writes holds up this thread, and the timeout ends both.
     thread::Builder::new()
-        .name("parse-replies".into())
+        .name("parse-pipe".into())
         .spawn(move || {
             let mut output = BufReader::new(output);
-            loop {
-                let reply = wire::read(&mut output);
+            for bytes in waiting {
+                let reply =
+                    wire::write_bytes(&mut input, &bytes).and_then(|()| wire::read(&mut output));
                 let last = reply.is_err();
                 if sender.send(reply).is_err() || last {
                     return;
@@ -121,7 +130,7 @@ fn start(memory_bytes: u64) -> io::Result<Running> {
     tracing::info!(pid = process.id(), "parser started");
     Ok(Running {
         process,
-        input,
+        files,
         replies,
     })
 }

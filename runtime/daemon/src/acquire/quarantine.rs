@@ -47,11 +47,14 @@ impl Quarantine {
         bytes: &[u8],
         reason: &str,
     ) -> Result<Option<String>, RecordError> {
+        let name: String = id[..6].iter().map(|byte| format!("{byte:02x}")).collect();
+        if self.dir.join(format!("{name}.json")).exists() {
+            // The same file as before a restart.
+            return Ok(Some(name));
+        }
         if self.files >= MAX_FILES || self.bytes + bytes.len() > MAX_BYTES {
             return Ok(None);
         }
-        let short: String = id[..4].iter().map(|byte| format!("{byte:02x}")).collect();
-        let name = format!("{:04}-{short}", self.files + 1);
         record::write_whole(&self.dir.join(format!("{name}.bin")), bytes)?;
         let note = Note {
             reason,
@@ -67,8 +70,8 @@ impl Quarantine {
 
 /// A file's name as it may be shown.
 ///
-/// Sites put patients' names, birth dates and UIDs into file names: unknown words and long numbers
-/// are masked, and beside an unknown word every number but the last, which tells volumes apart.
+/// Sites put patients' names, record numbers, birth dates and UIDs into file names: unknown words
+/// and every number but the last, which tells volumes apart, are masked.
 pub(super) fn plain_name(path: &Path) -> String {
     const KNOWN: [&str; 10] = [
         "dcm", "ima", "im", "mr", "vol", "volume", "img", "nii", "gz", "bin",
@@ -89,14 +92,12 @@ pub(super) fn plain_name(path: &Path) -> String {
         parts.push((class(first), part));
         rest = tail;
     }
-    let unknown = |part: &str| !KNOWN.contains(&part.to_ascii_lowercase().as_str());
-    let suspicious = parts.iter().any(|((word, _), part)| *word && unknown(part));
     let last_number = parts.iter().rposition(|((_, number), _)| *number);
     let mut shown = String::new();
     for (place, ((word, number), part)) in parts.into_iter().enumerate() {
-        if word && unknown(part) {
+        if word && !KNOWN.contains(&part.to_ascii_lowercase().as_str()) {
             shown.push('x');
-        } else if number && (part.len() > 6 || (suspicious && Some(place) != last_number)) {
+        } else if number && (part.len() > 6 || Some(place) != last_number) {
             shown.push('#');
         } else {
             shown.extend(part.chars().filter(|c| !c.is_control()).take(6));
@@ -112,9 +113,9 @@ mod tests {
     #[test]
     fn names_and_uids_in_file_names_are_masked() {
         let plain = |name: &str| plain_name(Path::new(name));
-        assert_eq!(plain("/x/001_000013_000001.dcm"), "001_000013_000001.dcm");
+        assert_eq!(plain("/x/001_000013_000001.dcm"), "#_#_000001.dcm");
         assert_eq!(plain("ZZCANARY^PAT.MR.0012.IMA"), "x^x.MR.0012.IMA");
-        assert_eq!(plain("1.2.840.113619207.5.dcm"), "1.2.840.#.5.dcm");
+        assert_eq!(plain("1.2.840.113619207.5.dcm"), "#.#.#.#.5.dcm");
         assert_eq!(plain("Müller_1970-01-01.dcm"), "x_#-#-01.dcm");
     }
 

@@ -1,6 +1,6 @@
 //! One run: its volumes, its trials, and which trial is due.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -14,11 +14,14 @@ use rtfmri::{Mask, MotionError, Realigner, Rigid};
 use serde::{Deserialize, Serialize};
 use wire::{TrialMessage, VolumeMessage};
 
+use crate::logging::chain;
 use crate::pipeline::{self, AlignError, AlignedVolume};
 use crate::record::{self, Journal, RecordError};
 
-/// Volumes that may come after a hole before the hole is taken for good.
+/// Volumes that must have come after a hole before the hole is taken for good.
 const PATIENCE_VOLUMES: usize = 2;
+/// Volumes that may be lost in one piece; a number further ahead is not believed.
+const MAX_JUMP: u32 = 400;
 /// Longest run: two hours at the shortest TR.
 const MAX_VOLUMES: u32 = 24_000;
 
@@ -36,11 +39,13 @@ pub(crate) enum VolumeError {
     /// Another patient's file in the same series.
     #[error("it is another patient's than the run's first volume")]
     Patient,
-    /// A volume number beyond any run.
-    #[error("its number is {found}, expected 1..={MAX_VOLUMES}")]
+    /// A volume number beyond any run, or far ahead of this one.
+    #[error("its number is {found}, expected 1..={limit}")]
     Number {
         /// The volume's.
         found: u32,
+        /// The largest believed now.
+        limit: u32,
     },
     /// Voxels that do not fill the declared shape.
     #[error("its voxels do not fill its shape")]
@@ -48,9 +53,6 @@ pub(crate) enum VolumeError {
     /// Grid or head differ.
     #[error(transparent)]
     Align(#[from] AlignError),
-    /// The record cannot be written.
-    #[error(transparent)]
-    Record(#[from] RecordError),
 }
 
 /// Why a run cannot begin.
@@ -145,8 +147,24 @@ pub(crate) struct Run {
     betas: Vec<Option<Array1<f64>>>,
     zbetas: Vec<Option<Array1<f64>>>,
     next_trial: usize,
+    /// Holes, by frame, with the moment each was noticed.
+    holes: BTreeMap<u32, Instant>,
+    /// Holes that were given up.
+    lost: BTreeSet<u32>,
     last_arrival: Instant,
     end_reported: bool,
+    arrays_stale: bool,
+    recording: Recording,
+}
+
+/// Whether what happens is on record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Recording {
+    Works,
+    /// It failed, and nobody has been told yet.
+    Failed(String),
+    /// It failed, and that was said.
+    Told,
 }
 
 impl Run {
@@ -178,8 +196,10 @@ impl Run {
             path: path.clone(),
             source,
         })?;
-        record::write_whole(&path, &bytes)?;
-        Run::new(index, dir, plan, first, realigner)
+        let kept = record::write_whole(&path, &bytes);
+        let mut run = Run::new(index, dir, plan, first, realigner)?;
+        run.recorded(kept);
+        Ok(run)
     }
 
     /// Takes a run up again from its record; `None` where it never had a reference.
@@ -227,9 +247,14 @@ impl Run {
             betas: Vec::new(),
             zbetas: Vec::new(),
             next_trial: 0,
+            holes: BTreeMap::new(),
+            lost: BTreeSet::new(),
             last_arrival: Instant::now(),
             end_reported: false,
+            arrays_stale: false,
+            recording: Recording::Works,
         };
+        run.note_holes();
         for stored in trials {
             let betas = match stored {
                 StoredTrial::Fitted { betas, .. } if betas.len() == voxels => Some(betas.into()),
@@ -237,6 +262,7 @@ impl Run {
             };
             // What could be standardised once can be again.
             let _ = run.advance(betas);
+            run.arrays_stale = true;
         }
         Ok(run)
     }
@@ -264,8 +290,19 @@ impl Run {
         file: [u8; 16],
     ) -> Result<Option<u32>, VolumeError> {
         let number = message.number;
-        if !(1..=MAX_VOLUMES).contains(&number) {
-            return Err(VolumeError::Number { found: number });
+        let ahead = u32::try_from(self.highest())
+            .unwrap_or(MAX_VOLUMES)
+            .saturating_add(MAX_JUMP);
+        let limit = if self.volumes.is_empty() {
+            MAX_VOLUMES
+        } else {
+            ahead.min(MAX_VOLUMES)
+        };
+        if !(1..=limit).contains(&number) {
+            return Err(VolumeError::Number {
+                found: number,
+                limit,
+            });
         }
         if message.patient != self.patient {
             return Err(VolumeError::Patient);
@@ -290,30 +327,101 @@ impl Run {
             arrived_ms,
             file,
         };
-        self.volumes_journal.append(&aligned)?;
+        // A full disk stops the recording and not the run.
+        let kept = self.volumes_journal.append(&aligned);
+        self.recorded(kept);
         self.motion = motion;
         self.volumes.insert(frame, aligned);
+        self.note_holes();
         self.last_arrival = Instant::now();
         self.end_reported = false;
         Ok(Some(number))
     }
 
+    /// Keeps track of frames that are missing below the highest.
+    fn note_holes(&mut self) {
+        let end = u32::try_from(self.highest()).unwrap_or(MAX_VOLUMES);
+        self.holes
+            .retain(|frame, _| !self.volumes.contains_key(frame));
+        let known = self
+            .holes
+            .last_key_value()
+            .map_or(0, |(frame, _)| frame + 1);
+        let known = known.max(self.lost.last().map_or(0, |frame| frame + 1));
+        // Frames below were looked at before; between two looks the highest only grows.
+        let start = if self.holes.is_empty() && self.lost.is_empty() {
+            0
+        } else {
+            known
+        };
+        let now = Instant::now();
+        for frame in start..end {
+            if !self.volumes.contains_key(&frame) {
+                self.holes.insert(frame, now);
+            }
+        }
+    }
+
+    /// Takes holes for good: volumes came after them, and nothing has filled them for two TR.
+    ///
+    /// To be called when no file is waiting; files of a backlog come in any order.
+    pub(crate) fn give_up_holes(&mut self) {
+        let idle = self.last_arrival.elapsed() > self.idle();
+        let mut given_up = Vec::new();
+        for (&frame, noticed) in &self.holes {
+            let after = self.volumes.range(frame..).count();
+            if idle || (after >= PATIENCE_VOLUMES && noticed.elapsed() > self.idle()) {
+                given_up.push(frame);
+            }
+        }
+        for frame in given_up {
+            self.holes.remove(&frame);
+            self.lost.insert(frame);
+        }
+    }
+
+    /// Remembers the first failure of the record until it is told.
+    fn recorded(&mut self, kept: Result<(), RecordError>) {
+        match kept {
+            Ok(()) => {
+                if self.recording == Recording::Told {
+                    self.recording = Recording::Works;
+                }
+            }
+            Err(error) => {
+                if self.recording == Recording::Works {
+                    self.recording = Recording::Failed(chain(&error));
+                }
+            }
+        }
+    }
+
+    /// What to tell about the record, once per failure.
+    pub(crate) fn alarm(&mut self) -> Option<String> {
+        match std::mem::replace(&mut self.recording, Recording::Told) {
+            Recording::Failed(reason) => Some(format!(
+                "Run {}: recording stopped: {reason}. The run goes on; make room on the disk of \
+                 paths.state",
+                self.index
+            )),
+            before => {
+                self.recording = before;
+                None
+            }
+        }
+    }
+
     /// Fits the next trial if its volumes are in; call until there is none.
     ///
     /// Trials are fitted in their order, because each is standardised over those before it.
-    pub(crate) fn next_due(&mut self) -> Result<Option<Outcome>, RecordError> {
-        let Some(event) = self.plan.events.get(self.next_trial) else {
-            return Ok(None);
-        };
+    pub(crate) fn next_due(&mut self) -> Option<Outcome> {
+        let event = self.plan.events.get(self.next_trial)?;
         let glm = &self.plan.glm;
         let needed = glm::volumes_needed(event.onset_s, glm.tr_s, glm.delay_s);
+        let end = u32::try_from(needed).unwrap_or(u32::MAX);
         let highest = self.highest();
-        let whole = self.have(needed) == needed;
-        let after = self.volumes.len() - self.have(needed);
-        let given_up = after >= PATIENCE_VOLUMES
-            || (highest >= needed && self.last_arrival.elapsed() > self.idle());
-        if highest == 0 || !(whole || given_up) {
-            return Ok(None);
+        if highest == 0 || highest < needed || self.holes.range(..end).next().is_some() {
+            return None;
         }
         let trial = self.next_trial;
         let fitted = pipeline::fit_trial(
@@ -323,12 +431,12 @@ impl Run {
             self.volumes.values(),
             self.plan.mask.len(),
         );
-        self.settle(trial, needed, fitted).map(Some)
+        Some(self.settle(trial, needed, fitted))
     }
 
     /// Gives up the trials that the run ended before; `None` while volumes may still come.
     pub(crate) fn ended_early(&mut self, stopping: bool) -> Option<String> {
-        let waiting = self.plan.events.len() - self.next_trial;
+        let waiting = self.plan.events.len().saturating_sub(self.next_trial);
         let idle = self.last_arrival.elapsed() > 10 * self.idle();
         if waiting == 0 || self.end_reported || !(stopping || idle) {
             return None;
@@ -367,7 +475,7 @@ impl Run {
         trial: usize,
         needed: usize,
         fitted: Result<Array1<f64>, GlmError>,
-    ) -> Result<Outcome, RecordError> {
+    ) -> Outcome {
         let number = u32::try_from(trial + 1).unwrap_or(u32::MAX);
         let have = self.have(needed);
         let count = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
@@ -375,7 +483,7 @@ impl Run {
             Ok(betas) => StoredTrial::Fitted {
                 trial: number,
                 volumes: count(have),
-                missing: count(needed - have),
+                missing: count(needed.saturating_sub(have)),
                 betas: betas.to_vec(),
             },
             Err(error) => StoredTrial::Skipped {
@@ -384,19 +492,20 @@ impl Run {
             },
         };
         // On record first: what is told is never taken back.
-        self.trials_journal.append(&stored)?;
+        let kept = self.trials_journal.append(&stored);
+        self.recorded(kept);
         let zbetas = self.advance(fitted.as_ref().ok().cloned());
-        self.write_arrays()?;
+        self.arrays_stale = true;
         let reason = match (&fitted, zbetas) {
-            (Ok(_), Ok(Some(zbetas))) => return Ok(Outcome::Ready(self.message(trial, &zbetas))),
+            (Ok(_), Ok(Some(zbetas))) => return Outcome::Ready(self.message(trial, &zbetas)),
             (Ok(_), Err(error)) => error.to_string(),
             (Err(error), _) => error.to_string(),
             (Ok(_), Ok(None)) => "its betas are missing".into(),
         };
-        Ok(Outcome::Skipped {
+        Outcome::Skipped {
             trial: number,
             reason,
-        })
+        }
     }
 
     /// Takes the next trial's betas, or that it has none.
@@ -440,7 +549,7 @@ impl Run {
             onset_s,
             stimulus_at_ms: self.wall_clock_ms(onset_s),
             volumes: count(have),
-            missing: count(needed - have),
+            missing: count(needed.saturating_sub(have)),
             zbetas,
         }
     }
@@ -469,18 +578,24 @@ impl Run {
         Some((ms + (at - n) * pace).max(0.0) as u64)
     }
 
-    /// `betas.npy` and `zbetas.npy`, `[trial, voxel]`; skipped trials are NaN.
-    fn write_arrays(&self) -> Result<(), RecordError> {
-        for (name, rows) in [("betas.npy", &self.betas), ("zbetas.npy", &self.zbetas)] {
-            let mut array = Array2::from_elem((rows.len(), self.plan.mask.len()), f64::NAN);
-            for (mut row, values) in array.rows_mut().into_iter().zip(rows) {
-                if let Some(values) = values {
-                    row.assign(values);
-                }
-            }
-            write_npy(&self.dir.join(name), &array)?;
+    /// Writes `betas.npy` and `zbetas.npy`, `[trial, voxel]`, if trials came since the last time;
+    /// skipped trials are NaN. For a quiet moment: the files are rewritten whole.
+    pub(crate) fn write_arrays(&mut self) {
+        if !std::mem::take(&mut self.arrays_stale) {
+            return;
         }
-        Ok(())
+        let written = [("betas.npy", &self.betas), ("zbetas.npy", &self.zbetas)]
+            .into_iter()
+            .try_for_each(|(name, rows)| {
+                let mut array = Array2::from_elem((rows.len(), self.plan.mask.len()), f64::NAN);
+                for (mut row, values) in array.rows_mut().into_iter().zip(rows) {
+                    if let Some(values) = values {
+                        row.assign(values);
+                    }
+                }
+                write_npy(&self.dir.join(name), &array)
+            });
+        self.recorded(written);
     }
 }
 

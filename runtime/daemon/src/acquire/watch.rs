@@ -33,19 +33,24 @@ const MAX_FILES: usize = 500_000;
 pub(crate) struct Found {
     /// Where it is.
     pub(crate) path: PathBuf,
-    /// Hash of its name.
+    /// Hash of its name, length and time of change: stands for the file wherever it is kept.
     pub(crate) id: [u8; 16],
     /// Its length.
     pub(crate) len_bytes: u64,
+    /// When it was last changed, Unix milliseconds.
+    pub(crate) changed_ms: u64,
     /// When it was noticed.
     pub(crate) noticed: Instant,
 }
 
-/// Hash of a file's place in the watched folder; stands for the name wherever it is kept.
-pub(crate) fn file_id(folder: &Path, path: &Path) -> [u8; 16] {
+fn file_id(folder: &Path, path: &Path, stamp: Stamp) -> [u8; 16] {
     let name = path.strip_prefix(folder).unwrap_or(path);
+    let mut hash = Sha256::new();
+    hash.update(name.as_os_str().as_encoded_bytes());
+    hash.update(stamp.len.to_le_bytes());
+    hash.update(stamp.modified_ns.to_le_bytes());
     let mut id = [0; 16];
-    id.copy_from_slice(&Sha256::digest(name.as_os_str().as_encoded_bytes())[..16]);
+    id.copy_from_slice(&hash.finalize()[..16]);
     id
 }
 
@@ -58,6 +63,8 @@ struct Stamp {
 struct Seen {
     stamp: Stamp,
     handed_on: bool,
+    /// The scan that saw it last.
+    scan: u64,
 }
 
 /// What the watcher tells.
@@ -70,6 +77,8 @@ pub(crate) enum Notice {
     FolderBack,
     /// Files that were there before the session, ignored.
     Ignored(usize),
+    /// More files than are watched; once.
+    Full,
 }
 
 /// Watches one folder until told to stop.
@@ -79,7 +88,17 @@ pub(crate) struct Watcher {
     since_ms: Option<u64>,
     seen: HashMap<PathBuf, Seen>,
     ignored: usize,
+    scans: u64,
+    full: Fullness,
     lost: bool,
+}
+
+/// Whether files had to be left out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fullness {
+    No,
+    Now,
+    Told,
 }
 
 impl Watcher {
@@ -90,6 +109,8 @@ impl Watcher {
             since_ms,
             seen: HashMap::new(),
             ignored: 0,
+            scans: 0,
+            full: Fullness::No,
             lost: false,
         }
     }
@@ -115,6 +136,12 @@ impl Watcher {
                         scans_to_go = scans_to_go.saturating_sub(1);
                         if std::mem::take(&mut self.lost) && !tell(Notice::FolderBack) {
                             return;
+                        }
+                        if self.full == Fullness::Now {
+                            self.full = Fullness::Told;
+                            if !tell(Notice::Full) {
+                                return;
+                            }
                         }
                         if std::mem::take(&mut first)
                             && self.ignored > 0
@@ -207,6 +234,10 @@ impl Watcher {
                 }
             }
         }
+        // Files that are gone need no memory.
+        let scan = self.scans;
+        self.seen.retain(|_, seen| seen.scan == scan);
+        self.scans += 1;
         Ok(())
     }
 
@@ -228,12 +259,12 @@ impl Watcher {
             modified_ns: i128::from(metadata.mtime()) * 1_000_000_000
                 + i128::from(metadata.mtime_nsec()),
         };
-        let old = self.since_ms.is_some_and(|since| {
-            let changed = metadata.ctime() * 1000 + metadata.ctime_nsec() / 1_000_000;
-            u64::try_from(changed).unwrap_or(0) + CLOCK_SLACK_MS < since
-        });
+        let changed = metadata.ctime() * 1000 + metadata.ctime_nsec() / 1_000_000;
+        let changed_ms = u64::try_from(changed).unwrap_or(0);
+        let scan = self.scans;
         match self.seen.get_mut(path) {
             Some(seen) if seen.stamp == stamp => {
+                seen.scan = scan;
                 if seen.handed_on {
                     return;
                 }
@@ -241,18 +272,27 @@ impl Watcher {
                 seen.handed_on = true;
             }
             known => {
-                let changed_later = known.is_some();
-                let full = self.seen.len() >= MAX_FILES && !changed_later;
-                if full {
+                let first_sight = known.is_none();
+                if first_sight && self.seen.len() >= MAX_FILES {
+                    if self.full == Fullness::No {
+                        self.full = Fullness::Now;
+                    }
                     return;
                 }
-                let ignore = old && !changed_later;
+                // Only what the first scan finds can be older than the session; the clock of a
+                // mounted share may be behind ours.
+                let ignore = first_sight
+                    && scan == 0
+                    && self
+                        .since_ms
+                        .is_some_and(|since| changed_ms + CLOCK_SLACK_MS < since);
                 self.ignored += usize::from(ignore);
                 self.seen.insert(
                     path.into(),
                     Seen {
                         stamp,
                         handed_on: closed || ignore,
+                        scan,
                     },
                 );
                 if !closed || ignore {
@@ -262,8 +302,9 @@ impl Watcher {
         }
         found.push(Found {
             path: path.into(),
-            id: file_id(&self.folder, path),
+            id: file_id(&self.folder, path, stamp),
             len_bytes: stamp.len,
+            changed_ms,
             noticed: Instant::now(),
         });
     }
@@ -287,6 +328,7 @@ mod tests {
                     Notice::FolderLost(_) => "lost".into(),
                     Notice::FolderBack => "back".into(),
                     Notice::Ignored(count) => format!("ignored {count}"),
+                    Notice::Full => "full".into(),
                 };
                 sender.send(text).is_ok()
             });
