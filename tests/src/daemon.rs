@@ -301,11 +301,16 @@ impl<'s> Daemon<'s> {
         old
     }
 
-    /// Kills the daemon's own process as nobody expects it.
-    pub fn kill(&mut self) {
-        self.seen.extend(descendants(self.pid()));
+    /// Kills the daemon's own process as nobody expects it, and returns those that ran below it.
+    ///
+    /// # Panics
+    /// Where it ended before.
+    pub fn kill(&mut self) -> Vec<i32> {
+        let below = descendants(self.pid());
+        self.seen.extend(&below);
         self.child.kill().unwrap();
         self.ended = Some(self.child.wait().unwrap());
+        below
     }
 
     /// Every process that was seen below the daemon and still is there.

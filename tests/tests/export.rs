@@ -14,8 +14,10 @@ use system_tests::program::{Ended, run};
 /// Voxels of the two subjects: two widths, so that one's ridge never passes for the other's.
 const VOXELS: [usize; 2] = [300, 257];
 const SIGNATURE: &str = "manifest.json.minisig";
-/// What a damaged bundle or wrong betas end with.
+/// Exit code of the exporter, and of wrong betas.
 const FAULT: i32 = 1;
+/// Exit code of `afterimage` for what no other try will mend.
+const SETTING: i32 = 78;
 
 /// One set of checkpoints, exported in both precisions.
 struct Exported {
@@ -387,7 +389,7 @@ fn a_bundle_that_cannot_be_trusted_is_not_decoded() {
     numbers::write(&betas, &some_betas(1, VOXELS[0]));
     let out = dir.path().join("out");
     let stranger = made.strangers.public.to_str().unwrap();
-    reconstruct(&made.fp32, &betas, &out, &["--key", stranger]).refused(FAULT, &[SIGNATURE]);
+    reconstruct(&made.fp32, &betas, &out, &["--key", stranger]).refused(SETTING, &[SIGNATURE]);
 
     let bundle = dir.path().join("bundle");
     copy(&made.fp32, &bundle);
@@ -400,7 +402,7 @@ fn a_bundle_that_cannot_be_trusted_is_not_decoded() {
     fs::write(bundle.join(&weights), bytes).unwrap();
     let key = made.keys.public.to_str().unwrap();
     for more in [&[][..], &["--key", key]] {
-        reconstruct(&bundle, &betas, &out, more).refused(FAULT, &[weights.to_str().unwrap()]);
+        reconstruct(&bundle, &betas, &out, more).refused(SETTING, &[weights.to_str().unwrap()]);
     }
     assert!(!out.exists());
 }

@@ -81,18 +81,18 @@ fn a_simulated_run_shows_every_trial_and_ends_cleanly() {
     let events = daemon.events("\n\n");
     assert!(events.contains("\"trial\":12"), "{events}");
 
-    let found = numbers::read(&session.join("runs/001/betas.npy"));
-    let truth = numbers::read(&phantom.site.join("true_betas.npy"));
-    let correlation = numbers::mean_correlation(&found, &truth, UNCERTAIN_TRIALS);
-    println!("simulated run: betas and truth correlate by {correlation:.3}");
-    assert!(correlation > LEAST_CORRELATION, "{correlation}");
-
     daemon.stop();
     let file: Value =
         serde_json::from_slice(&std::fs::read(session.join("session.json")).unwrap()).unwrap();
     let (began, ended) = (&file["started_at_ms"], &file["ended_at_ms"]);
     assert!(ended.as_u64().unwrap() > began.as_u64().unwrap(), "{file}");
     assert!(!site.state().join("current").exists());
+
+    let found = numbers::read(&session.join("runs/001/betas.npy"));
+    let truth = numbers::read(&phantom.site.join("true_betas.npy"));
+    let correlation = numbers::mean_correlation(&found, &truth, UNCERTAIN_TRIALS);
+    println!("simulated run: betas and truth correlate by {correlation:.3}");
+    assert!(correlation > LEAST_CORRELATION, "{correlation}");
 }
 
 #[test]

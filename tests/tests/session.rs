@@ -74,13 +74,6 @@ fn a_real_session_is_recovered_and_names_no_patient() {
     daemon.wait_for_trials(TRIALS);
     daemon.wait_for_notes(TRIALS);
 
-    let session = site.session();
-    let found = numbers::read(&session.join("runs/001/betas.npy"));
-    let truth = numbers::read(&shared.join("true_betas.npy"));
-    let correlation = numbers::mean_correlation(&found, &truth, 0);
-    println!("real session: betas and truth correlate by {correlation:.3}");
-    assert!(correlation >= LEAST_CORRELATION, "{correlation}");
-
     let board = daemon.get("/api/trials");
     let faults = daemon.faults();
     daemon.check(
@@ -92,6 +85,14 @@ fn a_real_session_is_recovered_and_names_no_patient() {
         daemon.events("\n\n").into_bytes(),
     ];
     daemon.stop();
+
+    let session = site.session();
+    let found = numbers::read(&session.join("runs/001/betas.npy"));
+    let truth = numbers::read(&shared.join("true_betas.npy"));
+    let correlation = numbers::mean_correlation(&found, &truth, 0);
+    println!("real session: betas and truth correlate by {correlation:.3}");
+    assert!(correlation >= LEAST_CORRELATION, "{correlation}");
+
     assert!(!holds(&board.body, CANARY), "{}", board.text());
     assert!(!bedside.iter().any(|page| holds(page, CANARY)));
     assert!(!daemon.log().contains(CANARY), "the log names a patient");
