@@ -7,7 +7,9 @@ use bundle::{Bundle, PriorSettings, StageName, UnclipSettings};
 use ndarray::{Array2, ArrayD, ArrayView2, Axis, IxDyn};
 use serde::{Deserialize, Serialize};
 
-use crate::sampler::{GuidanceScale, SamplerError, SigmaTable, euler_edm, lcm, prior_ddim};
+use crate::sampler::{
+    GuidanceScale, SamplerError, SigmaTable, euler_edm, lcm, prior_ddim, spacing,
+};
 use crate::{Noise, NoiseKey, Picture, PictureError, Range, Runtime, Stage, StageError, Stream};
 
 /// How closely the original's sampling is followed.
@@ -506,9 +508,14 @@ impl Painter {
         let vector = self.vector();
         let shape = self.shape();
         let mut fresh = Noise::new(key, Stream::UnclipSteps);
+        let failed = |source| DecodeError::Sampler {
+            network: "unclip",
+            source,
+        };
+        let times = spacing::distilled(self.table.sigmas().len(), of, 1.0).map_err(failed)?;
         let latent = lcm::sample(
             &self.table,
-            of,
+            &times,
             Noise::new(key, Stream::Unclip).draw(&shape),
             &mut |latent, time| self.eps(latent, time, context, &vector),
             &mut || fresh.draw(&shape),

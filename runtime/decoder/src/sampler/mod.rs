@@ -6,12 +6,19 @@
 //! | [`prior_ddpm::sample`] | prior | 100 | Ho et al. 2020, arXiv:2006.11239 |
 //! | [`euler_edm::sample`] | unCLIP | 38, guided | sgm; Karras et al. 2022, arXiv:2206.00364 |
 //! | [`lcm::sample`] | unCLIP | 1 to 50 | Luo et al. 2023, arXiv:2310.04378; diffusers 0.31 |
+//! | [`tcd::sample`] | unCLIP | 1 to 50 | Zheng et al. 2024, arXiv:2402.19159; diffusers 0.31 |
+//! | [`euler::sample`] | unCLIP | few | `EulerDiscreteScheduler` of diffusers 0.31 |
+//! | [`ddim::sample`] | unCLIP | few | `DDIMScheduler` of diffusers 0.31 |
 
+pub mod ddim;
+pub mod euler;
 pub mod euler_edm;
 pub mod lcm;
 pub mod prior_ddim;
 pub mod prior_ddpm;
 mod sigmas;
+pub mod spacing;
+pub mod tcd;
 
 use ndarray::ArrayD;
 
@@ -41,6 +48,14 @@ pub enum SamplerError {
         steps: usize,
         /// The most.
         limit: usize,
+    },
+    /// A timestep that the schedule does not have.
+    #[error("timestep {time} is outside 0..{len}")]
+    Time {
+        /// The timestep.
+        time: usize,
+        /// Timesteps of the schedule.
+        len: usize,
     },
     /// A network returned something of another shape.
     #[error("the network returned shape {found:?} at step {step}, expected {expected:?}")]
@@ -77,4 +92,12 @@ fn call(
         });
     }
     Ok(result)
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "latents are single precision"
+)]
+fn narrow(value: f64) -> f32 {
+    value as f32
 }

@@ -2,6 +2,8 @@
 
 use bundle::EdmSchedule;
 
+use super::SamplerError;
+
 /// A diffusion noise level, dimensionless.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
 pub struct Sigma(pub f32);
@@ -30,15 +32,49 @@ impl SigmaTable {
                 product
             })
             .collect();
-        #[expect(clippy::cast_possible_truncation, reason = "kept in single precision")]
-        let sigmas = alphas_cumprod
-            .iter()
-            .map(|a| ((1.0 - a) / a).sqrt() as f32)
+        SigmaTable::of_alphas(alphas_cumprod)
+    }
+
+    /// The table shifted so that its last entry is pure noise (Lin et al. 2023, arXiv:2305.08891);
+    /// that entry's product is 2^-24, as diffusers keeps it above zero.
+    #[must_use]
+    pub fn with_zero_terminal_snr(&self) -> SigmaTable {
+        const LEAST: f64 = 1.0 / 16_777_216.0;
+        let root = |index: usize| self.alphas_cumprod[index].sqrt();
+        let count = self.alphas_cumprod.len();
+        let (first, last) = (root(0), root(count - 1));
+        let shifted = |index| (root(index) - last) * first / (first - last);
+        let alphas = (0..count)
+            .map(|index| shifted(index).powi(2).max(LEAST))
             .collect();
+        SigmaTable::of_alphas(alphas)
+    }
+
+    fn of_alphas(alphas_cumprod: Vec<f64>) -> SigmaTable {
+        let level = |alpha: &f64| super::narrow(((1.0 - alpha) / alpha).sqrt());
+        let sigmas = alphas_cumprod.iter().map(level).collect();
         SigmaTable {
             sigmas,
             alphas_cumprod,
         }
+    }
+
+    /// The cumulative product of `1 - beta` at a timestep.
+    pub(super) fn alpha(&self, time: usize) -> Result<f64, SamplerError> {
+        let found = self.alphas_cumprod.get(time).copied();
+        found.ok_or(SamplerError::Time {
+            time,
+            len: self.alphas_cumprod.len(),
+        })
+    }
+
+    /// The noise level at a timestep.
+    pub(super) fn sigma(&self, time: usize) -> Result<f32, SamplerError> {
+        let found = self.sigmas.get(time).copied();
+        found.ok_or(SamplerError::Time {
+            time,
+            len: self.sigmas.len(),
+        })
     }
 
     /// All levels, ascending.
