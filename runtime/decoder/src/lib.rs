@@ -17,6 +17,8 @@ pub mod conditioning;
 mod decode;
 mod noise;
 mod picture;
+pub mod resize;
+pub mod retrieval;
 pub mod runtime;
 pub mod sampler;
 mod stage;

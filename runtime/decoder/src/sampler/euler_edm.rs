@@ -80,7 +80,84 @@ pub fn sample(
         return Err(SamplerError::Steps { steps, limit });
     }
     let levels = table.descending(steps);
-    let mut latent = start.at(levels[0]);
+    let latent = start.at(levels[0]);
+    follow(
+        table,
+        &levels,
+        guidance,
+        latent,
+        conditioned,
+        unconditioned,
+        watch,
+    )
+}
+
+/// The levels of an image-to-image run: the last `kept` of a run of `steps`, with the closing zero.
+///
+/// MindEye2's refiner keeps 13 of 25, which are 12 steps.
+///
+/// # Errors
+/// [`SamplerError::Steps`] where fewer than two levels are kept or more than there are.
+pub fn entered(table: &SigmaTable, steps: usize, kept: usize) -> Result<Vec<Sigma>, SamplerError> {
+    let limit = table.sigmas().len();
+    if steps == 0 || steps > limit || kept < 2 || kept > steps + 1 {
+        return Err(SamplerError::Steps {
+            steps: kept,
+            limit: steps.min(limit) + 1,
+        });
+    }
+    Ok(table.descending(steps).split_off(steps + 1 - kept))
+}
+
+/// Draws a latent that begins as a picture's: noised to the first level, then followed down.
+///
+/// - `levels`: from [`entered`].
+/// - `latent`: `[batch, channel, height, width]`, the picture's, scaled as the network was trained.
+/// - `noise`: the same shape, standard normal.
+///
+/// The rest is as in [`sample`]. The original divides the noised latent by `sqrt(1 + sigma_max²)` and
+/// its sampler multiplies it back; the two cancel and are left out.
+///
+/// # Errors
+/// [`SamplerError`] where a network fails.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a sampler's inputs, two networks among them"
+)]
+pub fn sample_from(
+    table: &SigmaTable,
+    levels: &[Sigma],
+    guidance: GuidanceScale,
+    latent: &ArrayD<f32>,
+    noise: &ArrayD<f32>,
+    conditioned: &mut Network<'_>,
+    unconditioned: &mut Network<'_>,
+    watch: &mut Watch<'_>,
+) -> Result<ArrayD<f32>, SamplerError> {
+    let first = levels.first().map_or(0.0, |sigma| sigma.0);
+    let start = latent + &(noise * first);
+    follow(
+        table,
+        levels,
+        guidance,
+        start,
+        conditioned,
+        unconditioned,
+        watch,
+    )
+}
+
+/// Follows the slope from level to level.
+fn follow(
+    table: &SigmaTable,
+    levels: &[Sigma],
+    guidance: GuidanceScale,
+    start: ArrayD<f32>,
+    conditioned: &mut Network<'_>,
+    unconditioned: &mut Network<'_>,
+    watch: &mut Watch<'_>,
+) -> Result<ArrayD<f32>, SamplerError> {
+    let mut latent = start;
     for (step, pair) in levels.windows(2).enumerate() {
         let (sigma, next) = (pair[0], pair[1]);
         let mut denoised = denoise(table, &latent, sigma, conditioned, step)?;

@@ -6,6 +6,7 @@
 
 mod golden;
 mod networks;
+mod pictures;
 mod report;
 mod samplers;
 mod towers;
@@ -144,6 +145,7 @@ impl Parity {
         rows.extend(self.blurry_rows()?);
         rows.extend(self.unclip_rows()?);
         rows.extend(self.tower_rows()?);
+        rows.extend(self.picture_rows()?);
         rows.extend(self.later_rows()?);
         let arithmetic = match self.precision() {
             Precision::Fp32 => "ONNX Runtime on the CPU, fp32",
@@ -213,12 +215,7 @@ impl Parity {
     fn later_rows(&self) -> Rows {
         let later = [
             "git",
-            "retrieval",
-            "sdxl_cond",
-            "refiner",
             "pipeline",
-            "blend",
-            "resize",
             "lora_kohya_sgm",
             "lora_kohya_diffusers",
             "lora_peft",

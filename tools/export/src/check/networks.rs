@@ -602,6 +602,25 @@ impl Parity {
         )
     }
 
+    /// A row that no network takes part in: the same in every precision.
+    pub(super) fn fp32_row(
+        &self,
+        vectors: &str,
+        quantity: &str,
+        found: &ArrayD<f32>,
+        expected: &ArrayD<f32>,
+        tolerance: Tolerance,
+    ) -> Row {
+        Row::compare(
+            vectors,
+            quantity,
+            found.view(),
+            expected.view(),
+            tolerance,
+            bundle::Precision::Fp32,
+        )
+    }
+
     /// A row of indices, which are equal or wrong.
     pub(super) fn exact_row(
         &self,

@@ -23,7 +23,7 @@ fn sampler(sampler: &'static str) -> impl Fn(SamplerError) -> CheckError {
     move |source| CheckError::Sampler { sampler, source }
 }
 
-fn floats(values: &[f32]) -> ArrayD<f32> {
+pub(super) fn floats(values: &[f32]) -> ArrayD<f32> {
     ArrayD::from_shape_vec(IxDyn(&[values.len()]), values.to_vec()).unwrap_or_default()
 }
 
@@ -349,12 +349,12 @@ impl Parity {
     }
 }
 
-fn stack(arrays: &[ArrayD<f32>]) -> ArrayD<f32> {
+pub(super) fn stack(arrays: &[ArrayD<f32>]) -> ArrayD<f32> {
     let views: Vec<_> = arrays.iter().map(|array| array.view()).collect();
     ndarray::stack(Axis(0), &views).unwrap_or_default()
 }
 
-fn eps(
+pub(super) fn eps(
     stage: &Stage,
     latent: &ArrayD<f32>,
     time: usize,

@@ -1,0 +1,48 @@
+//! Which pictures of a pool a brain's embedding resembles most.
+
+use ndarray::{Array1, Array2, ArrayView2};
+
+/// Cosine similarities of flattened embeddings.
+///
+/// - `rows`: `[row, value]`.
+/// - `columns`: `[column, value]`.
+///
+/// Returns `[row, column]`; a row of zeros resembles nothing.
+#[must_use]
+pub fn similarities(rows: ArrayView2<'_, f32>, columns: ArrayView2<'_, f32>) -> Array2<f32> {
+    unit_rows(rows).dot(&unit_rows(columns).t())
+}
+
+fn unit_rows(values: ArrayView2<'_, f32>) -> Array2<f32> {
+    let mut unit = values.to_owned();
+    for mut row in unit.rows_mut() {
+        let norm = row.dot(&row).sqrt();
+        if norm > 0.0 {
+            row /= norm;
+        }
+    }
+    unit
+}
+
+/// The `count` most similar columns of one row, most similar first; of equals the first.
+#[must_use]
+pub fn top(similarities: &Array1<f32>, count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..similarities.len()).collect();
+    order.sort_by(|&a, &b| similarities[b].total_cmp(&similarities[a]).then(a.cmp(&b)));
+    order.truncate(count);
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    #[test]
+    fn the_most_similar_comes_first() {
+        let pool = array![[1.0_f32, 0.0], [0.6, 0.8], [0.0, -2.0]];
+        let brain = array![[3.0_f32, 4.0]];
+        let found = similarities(brain.view(), pool.view());
+        assert_eq!(top(&found.row(0).to_owned(), 2), [1, 0]);
+    }
+}

@@ -1,0 +1,243 @@
+//! What happens to pictures and embeddings outside the networks, and the refiner's loop.
+
+use bundle::{EdmSchedule, StageName};
+use decoder::sampler::{GuidanceScale, SigmaTable, euler_edm};
+use decoder::{SamplerError, Stage, StageError, resize, retrieval};
+use ndarray::{Array2, Array4, ArrayD, Axis, Ix4};
+
+use super::networks::{as_floats, call, fits, fixed, take};
+use super::samplers::{eps, floats, stack};
+use super::{CheckError, Parity, Row, Rows, Tolerance, Vectors};
+
+/// Values of 0..1, two multiplications and an addition in another order.
+const RESIZED: Tolerance = Tolerance::Close(1e-6);
+const SIMILARITY: Tolerance = Tolerance::Close(1e-6);
+const REFINER_LATENT: Tolerance = Tolerance::Close(1e-4);
+const ENCODED: Tolerance = Tolerance::Close(4e-5);
+const DECODED: Tolerance = Tolerance::Close(4e-5);
+const PICTURE: Tolerance = Tolerance::Picture(3e-5);
+/// The size sinusoids are compared with single-precision ones: see `vector_cond`.
+const VECTOR: Tolerance = Tolerance::Close(5e-4);
+
+/// MindEye2's refiner: 25 steps, entered at the 13th level from the end.
+const REFINER_STEPS: usize = 25;
+
+fn image(vectors: &Vectors, name: &str) -> Result<Array4<f32>, CheckError> {
+    Ok(vectors
+        .floats(name)?
+        .clone()
+        .into_dimensionality::<Ix4>()
+        .unwrap_or_default())
+}
+
+fn sides(expected: &ArrayD<f32>) -> [usize; 2] {
+    let shape = expected.shape();
+    [shape[shape.len() - 2], shape[shape.len() - 1]]
+}
+
+impl Parity {
+    /// Resizing, blending, retrieval: they do not depend on the bundle.
+    pub(super) fn picture_rows(&self) -> Rows {
+        let mut rows = Vec::new();
+        if let Some(vectors) = self.vectors("resize")? {
+            for (from, to) in [("x256", "to_big"), ("down_in", "down_96")] {
+                let expected = vectors.floats(to)?;
+                let found = resize::bilinear(image(&vectors, from)?.view(), sides(expected));
+                rows.push(self.fp32_row("resize", to, &found.into_dyn(), expected, RESIZED));
+            }
+            let expected = vectors.floats("nearest_224")?;
+            let found = resize::nearest(image(&vectors, "x256")?.view(), sides(expected));
+            let channels: Vec<usize> = (0..expected.shape()[1]).collect();
+            let first = found.select(Axis(1), &channels).into_dyn();
+            rows.push(self.exact_row("resize", "nearest_224", &first, expected));
+            rows.push(Row::absent(
+                "resize",
+                "down_96_antialias: what newer libraries do, and the original does not",
+            ));
+        }
+        if let Some(vectors) = self.vectors("blend")? {
+            let mut large = Vec::new();
+            for (from, to) in [("enhanced", "enhanced_256"), ("blurry", "blurry_256")] {
+                let expected = vectors.floats(to)?;
+                let found = resize::bilinear(image(&vectors, from)?.view(), sides(expected));
+                large.push(found.clone());
+                rows.push(self.fp32_row("blend", to, &found.into_dyn(), expected, RESIZED));
+            }
+            let found = resize::blend(large[0].view(), large[1].view(), 0.75).into_dyn();
+            rows.push(self.fp32_row("blend", "blend", &found, vectors.floats("blend")?, RESIZED));
+        }
+        rows.extend(self.retrieval_rows()?);
+        rows.extend(self.refiner_rows()?);
+        Ok(rows)
+    }
+
+    fn retrieval_rows(&self) -> Rows {
+        let Some(vectors) = self.vectors("retrieval")? else {
+            return Ok(Vec::new());
+        };
+        let flat = |name: &str| -> Result<Array2<f32>, CheckError> {
+            let values = vectors.floats(name)?;
+            let rows = values.shape()[0];
+            let width = values.len() / rows.max(1);
+            Ok(values
+                .clone()
+                .into_shape_with_order((rows, width))
+                .unwrap_or_default())
+        };
+        let (pool, brains) = (flat("clip_pool")?, flat("clip_voxels")?);
+        let forward = retrieval::similarities(pool.view(), brains.view());
+        let backward = retrieval::similarities(brains.view(), pool.view());
+        let mut rows = Vec::new();
+        for (name, found) in [("fwd_sim", &forward), ("bwd_sim", &backward)] {
+            let expected = vectors.floats(name)?;
+            rows.push(self.fp32_row(
+                "retrieval",
+                name,
+                &found.clone().into_dyn(),
+                expected,
+                SIMILARITY,
+            ));
+        }
+        for (name, found) in [
+            ("brain_topk_for_image", &forward),
+            ("image_topk_for_brain", &backward),
+        ] {
+            let expected = as_floats(vectors.ints(name)?);
+            let count = expected.len() / found.nrows().max(1);
+            let top: Vec<i64> = found
+                .rows()
+                .into_iter()
+                .flat_map(|row| retrieval::top(&row.to_owned(), count))
+                .map(|place| i64::try_from(place).unwrap_or(-1))
+                .collect();
+            rows.push(self.exact_row("retrieval", name, &as_floats(&top), &expected));
+        }
+        Ok(rows)
+    }
+
+    /// Image to image through the refiner, with the recorded prompt's conditioning.
+    fn refiner_rows(&self) -> Rows {
+        let mut rows = Vec::new();
+        if let Some(vectors) = self.vectors("sdxl_cond")? {
+            let found =
+                decoder::conditioning::vector(&[768.0, 768.0, 0.0, 0.0, 1024.0, 1024.0], 256);
+            let expected = vectors.floats("vector_suffix")?;
+            let found = floats(&found).insert_axis(Axis(0));
+            rows.push(self.compared("sdxl_cond", "vector_suffix", &found, expected, VECTOR));
+            rows.push(Row::absent(
+                "sdxl_cond",
+                "uc_*, empty_*: tokenizers are not carried yet",
+            ));
+        }
+        let Some(vectors) = self.vectors("refiner")? else {
+            return Ok(rows);
+        };
+        let (Some(unet), Some(encoder), Some(decoder)) = (
+            self.stage(StageName::Refiner)?,
+            self.stage(StageName::RefinerVaeEncoder)?,
+            self.stage(StageName::RefinerVaeDecoder)?,
+        ) else {
+            rows.push(Row::absent("refiner", "the bundle has no refiner"));
+            return Ok(rows);
+        };
+        if !fits(
+            &fixed(unet.spec().input("latent")),
+            vectors.floats("init_z")?.shape(),
+        ) {
+            rows.push(Row::absent("refiner", "recorded for another latent size"));
+            return Ok(rows);
+        }
+        rows.extend(self.image_to_image_rows(&vectors, &unet, &encoder, &decoder)?);
+        Ok(rows)
+    }
+
+    fn image_to_image_rows(
+        &self,
+        vectors: &Vectors,
+        unet: &Stage,
+        encoder: &Stage,
+        decoder: &Stage,
+    ) -> Rows {
+        let (schedule, scale) = match &self.bundle.manifest().unclip {
+            Some(unclip) => (unclip.schedule, unclip.scale_factor),
+            None => (
+                EdmSchedule {
+                    linear_start: 0.00085,
+                    linear_end: 0.012,
+                    steps: 1000,
+                },
+                0.13025,
+            ),
+        };
+        let of = |name: &str| vectors.floats(name);
+        // The encoder takes -1..1.
+        let image = of("image")?.mapv(|value| value * 2.0 - 1.0);
+        let mut outputs = call(encoder, "refiner_vae_encoder", &[("image", image.view())])?;
+        let (mean, logvar) = (take(&mut outputs, "mean"), take(&mut outputs, "logvar"));
+        let spread = logvar.mapv(|value| (0.5 * value).exp());
+        let latent = (mean + spread * of("enc_noise")?) * scale;
+        let mut rows =
+            vec![self.compared("refiner", "latent_enc", &latent, of("latent_enc")?, ENCODED)];
+
+        let table = SigmaTable::new(&schedule);
+        let kept = of("sigmas")?.len();
+        let failed = |source: SamplerError| CheckError::Sampler {
+            sampler: "refiner",
+            source,
+        };
+        let levels = euler_edm::entered(&table, REFINER_STEPS, kept).map_err(failed)?;
+        let shown: Vec<f32> = levels.iter().map(|sigma| sigma.0).collect();
+        rows.push(self.table_row("refiner", "sigmas", &floats(&shown), of("sigmas")?));
+        let guidance = self
+            .bundle
+            .manifest()
+            .unclip
+            .as_ref()
+            .map_or(5.0, |unclip| unclip.guidance);
+        let call_with = |cross: &'static str, vector: &'static str| {
+            let (cross, vector) = (of(cross)?.clone(), of(vector)?.clone());
+            Ok::<_, CheckError>(
+                move |sample: &ArrayD<f32>, time: usize| -> Result<ArrayD<f32>, StageError> {
+                    eps(unet, sample, time, &cross, &vector)
+                },
+            )
+        };
+        let mut with = call_with("c_crossattn", "c_vector")?;
+        let mut without = call_with("uc_crossattn", "uc_vector")?;
+        let mut after = Vec::new();
+        let refined = euler_edm::sample_from(
+            &table,
+            &levels,
+            GuidanceScale(guidance),
+            &latent,
+            of("noise")?,
+            &mut with,
+            &mut without,
+            &mut |_, sample| after.push(sample.clone()),
+        )
+        .map_err(failed)?;
+        let scaled = refined.mapv(|value| value / scale);
+        let mut outputs = call(decoder, "refiner_vae_decoder", &[("latent", scaled.view())])?;
+        let raw = take(&mut outputs, "image");
+        let picture = raw.mapv(|value| decoder::Range::SYMMETRIC.apply(value));
+        rows.extend([
+            self.compared(
+                "refiner",
+                "latent_per_step",
+                &stack(&after),
+                of("latent_per_step")?,
+                REFINER_LATENT,
+            ),
+            self.compared(
+                "refiner",
+                "latent_final",
+                &refined,
+                of("latent_final")?,
+                REFINER_LATENT,
+            ),
+            self.compared("refiner", "decoded_raw", &raw, of("decoded_raw")?, DECODED),
+            self.compared("refiner", "samples", &picture, of("samples")?, PICTURE),
+        ]);
+        Ok(rows)
+    }
+}
