@@ -582,3 +582,29 @@ impl ConfigReader<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_recipe_says_what_the_released_models_need() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipe.example.toml");
+        let plan = Plan::from_recipe(&path).expect("the example is a recipe");
+        assert_eq!(plan.settings, ModelSettings::default());
+        assert_eq!(plan.subjects.len(), 1);
+        assert!(plan.mindeye.is_some_and(|path| path.ends_with("last.pth")));
+    }
+
+    #[test]
+    fn a_misspelled_field_of_a_recipe_is_named() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("r.toml");
+        fs::write(&path, "precision = \"fp32\"\n[sources]\nmindey = \"x\"\n").expect("written");
+        let message = Plan::from_recipe(&path).expect_err("refused").to_string();
+        assert!(
+            message.contains("mindey") && message.contains("line 3"),
+            "{message}"
+        );
+    }
+}
