@@ -35,7 +35,7 @@ struct Cli {
 enum Command {
     /// Run all roles, supervised, until SIGTERM
     ///
-    /// Settings are merged from the defaults, boards/<board>.toml, the site file and the
+    /// Settings are merged from the defaults, boards/BOARD.toml, the site file and the
     /// environment (AFTERIMAGE__WEB__LISTEN for web.listen). A site file needs at least
     /// scanner.folder, task.events, model.bundle and model.key.
     Run {

@@ -28,7 +28,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     bundle: PathBuf,
     /// Betas, z-scored: .npy (f32 or f64) or .safetensors (tensor `betas`, or the only one);
-    /// [voxel], [trial, voxel] or [trial, repetition, voxel]
+    /// `[voxel]`, `[trial, voxel]` or `[trial, repetition, voxel]`
     #[arg(long)]
     betas: PathBuf,
     /// Where the pictures go; created where it is not there
