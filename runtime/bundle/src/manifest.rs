@@ -88,7 +88,9 @@ pub enum StageName {
     VaeEncoder,
     /// CLIP image tokens to the captioner's vision tokens.
     CaptionBridge,
-    /// Vision tokens and words so far to the next word.
+    /// Vision tokens to the keys and values that every word reads.
+    CaptionerPrefix,
+    /// One word, with keys and values so far, to the scores of the next.
     Captioner,
     /// CLIP-L text tower.
     #[serde(rename = "text_encoder_1")]
@@ -110,7 +112,7 @@ pub enum StageName {
 
 impl StageName {
     /// Every stage that a bundle can hold.
-    pub const ALL: [StageName; 15] = [
+    pub const ALL: [StageName; 16] = [
         StageName::Backbone,
         StageName::BlurryDecoder,
         StageName::Prior,
@@ -118,6 +120,7 @@ impl StageName {
         StageName::VaeDecoder,
         StageName::VaeEncoder,
         StageName::CaptionBridge,
+        StageName::CaptionerPrefix,
         StageName::Captioner,
         StageName::TextEncoder1,
         StageName::TextEncoder2,
@@ -139,6 +142,7 @@ impl StageName {
             StageName::VaeDecoder => "vae_decoder",
             StageName::VaeEncoder => "vae_encoder",
             StageName::CaptionBridge => "caption_bridge",
+            StageName::CaptionerPrefix => "captioner_prefix",
             StageName::Captioner => "captioner",
             StageName::TextEncoder1 => "text_encoder_1",
             StageName::TextEncoder2 => "text_encoder_2",

@@ -13,6 +13,7 @@
 //! over a network call, so that recorded noise and recorded networks can be put in its place.
 //! The method is MindEye2's (Scotti et al. 2024, arXiv:2403.11207).
 
+pub mod caption;
 pub mod conditioning;
 mod decode;
 mod noise;

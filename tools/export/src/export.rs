@@ -23,7 +23,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::graph::Graph;
 use crate::plan::Plan;
 use crate::section::{Problem, Section, chain};
-use crate::stages::{autoencoder, backbone, bridge, prior, subject, text, unet, vision};
+use crate::stages::{autoencoder, backbone, bridge, captioner, prior, subject, text, unet, vision};
 use crate::weights;
 
 /// Largest mask that is carried in a bundle.
@@ -165,6 +165,7 @@ fn open(plan: &Plan) -> Result<Vec<Opened>, ExportError> {
         ("autoenc", &plan.autoenc),
         ("sdxl", &plan.sdxl),
         ("bridge", &plan.bridge),
+        ("captioner", &plan.captioner),
     ];
     sources
         .into_iter()
@@ -373,6 +374,7 @@ fn describe<'c>(plan: &Plan, opened: &'c [Opened]) -> Result<Description<'c>, Ex
                 "unclip" => builder.unclip(section),
                 "sdxl" => builder.sdxl(section),
                 "bridge" => builder.bridge(section),
+                "captioner" => builder.captioner(section),
                 _ => builder.autoenc(section),
             },
             Err(problem) => builder.problems.push(problem),
@@ -610,6 +612,24 @@ impl<'c> Builder<'_, 'c> {
             autoencoder::build_encoder("refiner_vae_encoder", &s, prefix, latent, precision);
         self.add(StageName::RefinerVaeEncoder, graph);
         for other in UNUSED_OF_ENGINES {
+            s.ignore(other);
+        }
+        self.sections.push(s);
+    }
+
+    fn captioner(&mut self, s: Section<'c>) {
+        let settings = &self.plan.settings;
+        let options = captioner::CaptionerOptions {
+            heads: settings.caption_heads,
+            vision: settings.caption_vision,
+            words: settings.caption_words,
+        };
+        let prefix = captioner::prefix(&s, options, self.plan.precision);
+        let step = captioner::step(&s, options, self.plan.precision);
+        self.add(StageName::CaptionerPrefix, prefix);
+        self.add(StageName::Captioner, step);
+        // The captioner sees through the bridge and not through its own image tower.
+        for other in ["git.image_encoder.", "git.embeddings.position_ids"] {
             s.ignore(other);
         }
         self.sections.push(s);

@@ -92,6 +92,8 @@ pub struct Plan {
     pub sdxl: Option<PathBuf>,
     /// The bridge to the captioner.
     pub bridge: Option<PathBuf>,
+    /// The captioner's weights.
+    pub captioner: Option<PathBuf>,
     /// People to export; empty for all.
     pub subjects: Vec<SubjectPlan>,
     /// What weights cannot tell.
@@ -134,6 +136,12 @@ pub struct ModelSettings {
     pub open_clip_heads: u64,
     /// Channels of one attention head of OpenCLIP's image tower.
     pub vision_head_width: u64,
+    /// Attention heads of the captioner.
+    pub caption_heads: u64,
+    /// Vision tokens of the captioner.
+    pub caption_vision: u64,
+    /// Longest caption in tokens, the first one included.
+    pub caption_words: u64,
     /// Side of the picture that the image tower takes, pixels.
     pub vision_side: u64,
     /// Tokens of the UNet's context where there is no MindEye2 checkpoint to tell.
@@ -185,6 +193,9 @@ impl Default for ModelSettings {
             clip_l_layer: 11,
             open_clip_heads: 20,
             vision_head_width: 104,
+            caption_heads: 12,
+            caption_vision: 257,
+            caption_words: 20,
             vision_side: 224,
             context_tokens: 256,
             scale_factor: 0.13025,
@@ -239,6 +250,7 @@ struct Sources {
     autoenc: Option<PathBuf>,
     sdxl: Option<PathBuf>,
     bridge: Option<PathBuf>,
+    captioner: Option<PathBuf>,
 }
 
 impl Plan {
@@ -272,6 +284,7 @@ impl Plan {
             autoenc: at(recipe.sources.autoenc),
             sdxl: at(recipe.sources.sdxl),
             bridge: at(recipe.sources.bridge),
+            captioner: at(recipe.sources.captioner),
             subjects,
             settings: recipe.settings,
             allow_unexpected: recipe.allow_unexpected,
@@ -335,10 +348,11 @@ impl Plan {
             ".safetensors",
         )?;
         let bridge = find("caption_bridge", "bigG_to_L", ".pth")?;
-        if names.contains("git") {
-            notes.push("git is there, but captioner cannot be exported yet".into());
+        let captioner = find_captioner(dir, &names, &mut notes);
+        let (mut settings, random_weights) = read_config(dir, &names)?;
+        if captioner.is_some() {
+            read_captioner_config(&dir.join("git"), &mut settings)?;
         }
-        let (settings, random_weights) = read_config(dir, &names)?;
         let plan = Plan {
             bundle_version: 1,
             precision,
@@ -349,6 +363,7 @@ impl Plan {
             autoenc,
             sdxl,
             bridge,
+            captioner,
             subjects: Vec::new(),
             settings,
             allow_unexpected,
@@ -359,6 +374,7 @@ impl Plan {
 
     fn checked(self, path: &Path) -> Result<Plan, PlanError> {
         let sources = [
+            &self.captioner,
             &self.mindeye,
             &self.unclip,
             &self.autoenc,
@@ -400,6 +416,9 @@ impl Plan {
             ("open_clip_heads", settings.open_clip_heads),
             ("vision_head_width", settings.vision_head_width),
             ("vision_side", settings.vision_side),
+            ("caption_heads", settings.caption_heads),
+            ("caption_vision", settings.caption_vision),
+            ("caption_words", settings.caption_words),
         ] {
             if !(1..=65_536).contains(&value) {
                 return Err(field(name, "1..=65536", value.to_string()));
@@ -417,6 +436,58 @@ impl Plan {
         }
         Ok(self)
     }
+}
+
+/// The captioner's weights in `git/`, in either of the containers they are released in.
+fn find_captioner(
+    dir: &Path,
+    names: &BTreeSet<String>,
+    notes: &mut Vec<String>,
+) -> Option<PathBuf> {
+    let folder = dir.join("git");
+    let found = ["model.safetensors", "pytorch_model.bin"]
+        .map(|name| folder.join(name))
+        .into_iter()
+        .find(|path| path.is_file());
+    if found.is_none() {
+        let what = if names.contains("git") {
+            "git holds neither model.safetensors nor pytorch_model.bin"
+        } else {
+            "git/ is missing"
+        };
+        notes.push(format!("{what}: without captioner"));
+    }
+    found
+}
+
+/// The captioner's own `config.json`, as released beside its weights.
+fn read_captioner_config(folder: &Path, settings: &mut ModelSettings) -> Result<(), PlanError> {
+    let path = folder.join("config.json");
+    if !path.is_file() {
+        return Ok(());
+    }
+    let json: serde_json::Value =
+        serde_json::from_str(&read_text(&path)?).map_err(|source| PlanError::Json {
+            path: path.clone(),
+            source,
+        })?;
+    let reader = ConfigReader {
+        path: &path,
+        json: &json,
+    };
+    reader.take(
+        "/num_attention_heads",
+        "a whole number",
+        &mut settings.caption_heads,
+    )?;
+    let (mut side, mut patch) = (0_u64, 0_u64);
+    reader.take("/vision_config/image_size", "a whole number", &mut side)?;
+    reader.take("/vision_config/patch_size", "a whole number", &mut patch)?;
+    if side > 0 && patch > 0 {
+        // One token per patch and the class token.
+        settings.caption_vision = (side / patch).pow(2) + 1;
+    }
+    Ok(())
 }
 
 fn read_text(path: &Path) -> Result<String, PlanError> {

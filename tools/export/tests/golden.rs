@@ -99,6 +99,7 @@ fn fp32_bundle_of_the_folder_is_within_every_tolerance() {
         "blend",
         "retrieval",
         "refiner",
+        "git",
     ] {
         let compared =
             |row: &&serde_json::Value| row["vectors"] == vectors && row["verdict"] == "ok";

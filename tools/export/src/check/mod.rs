@@ -63,6 +63,9 @@ pub enum CheckError {
         /// What is wrong.
         source: decoder::SamplerError,
     },
+    /// A caption cannot be made.
+    #[error("captioning failed")]
+    Caption(#[from] decoder::caption::CaptionError),
     /// The reference vectors cannot be used.
     #[error("the reference vectors cannot be used")]
     Golden(#[from] GoldenError),
@@ -214,7 +217,6 @@ impl Parity {
 
     fn later_rows(&self) -> Rows {
         let later = [
-            "git",
             "pipeline",
             "lora_kohya_sgm",
             "lora_kohya_diffusers",

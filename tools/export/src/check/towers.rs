@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use bundle::StageName;
-use ndarray::{ArrayD, Axis, IxDyn};
+use decoder::caption::{Captioner, SpecialTokens};
+use ndarray::{ArrayD, Axis, Ix3, IxDyn};
 
 use super::networks::{as_floats, call, fits, fixed, take};
 use super::{CheckError, Parity, Row, Rows, Tolerance, Vectors};
@@ -15,6 +16,7 @@ use super::{CheckError, Parity, Row, Rows, Tolerance, Vectors};
 const CLIP_L: Tolerance = Tolerance::Close(3e-4);
 const OPEN_CLIP: Tolerance = Tolerance::Close(2e-5);
 const POOLED: Tolerance = Tolerance::Close(1e-5);
+const CAPTION: Tolerance = Tolerance::Close(3e-5);
 const BRIDGE: Tolerance = Tolerance::Close(1e-5);
 const VISION: Tolerance = Tolerance::Close(6e-5);
 const MOMENTS: Tolerance = Tolerance::Close(3e-5);
@@ -41,6 +43,7 @@ impl Parity {
             BRIDGE,
         )?);
         rows.extend(self.vision_rows()?);
+        rows.extend(self.caption_rows()?);
         rows.extend(self.encoder_rows(StageName::VaeEncoder, "vae_unclip", MOMENTS)?);
         rows.extend(self.encoder_rows(StageName::RefinerVaeEncoder, "vae_sdxl", MOMENTS_SDXL)?);
         rows.extend(self.refiner_vae_rows()?);
@@ -115,6 +118,73 @@ impl Parity {
         let expected = vectors.floats(recorded_output)?;
         Ok(vec![
             self.compared(file, recorded_output, &found, expected, tolerance)
+                .took(time),
+        ])
+    }
+
+    /// Scores of every word, and greedy captions, which are equal or wrong.
+    fn caption_rows(&self) -> Rows {
+        let Some(vectors) = self.vectors("git")? else {
+            return Ok(Vec::new());
+        };
+        let (Some(prefix), Some(step)) = (
+            self.stage(StageName::CaptionerPrefix)?,
+            self.stage(StageName::Captioner)?,
+        ) else {
+            return Ok(vec![Row::absent("git", "the bundle has no captioner")]);
+        };
+        let pixels = vectors.floats("pixel_values")?;
+        if !fits(&fixed(prefix.spec().input("vision")), pixels.shape()) {
+            return Ok(vec![Row::absent(
+                "git",
+                "recorded for another number of vision tokens",
+            )]);
+        }
+        let vision = pixels
+            .clone()
+            .into_dimensionality::<Ix3>()
+            .unwrap_or_default();
+        let batch = vision.dim().0;
+        let rows_of = |name: &str| -> Result<Vec<Vec<i64>>, CheckError> {
+            let flat = vectors.ints(name)?;
+            Ok(flat
+                .chunks(flat.len() / batch.max(1))
+                .map(<[i64]>::to_vec)
+                .collect())
+        };
+        let captioner = Captioner::new(prefix, step)?;
+        let forced = captioner.forced(vision.view(), &rows_of("teacher_forced_ids")?)?;
+        let first = forced.index_axis(Axis(1), 0).to_owned().into_dyn();
+        let expected_ids = rows_of("generated_ids")?;
+        let length = expected_ids.first().map_or(0, Vec::len);
+        // The ids of the BERT vocabulary that GIT was trained with.
+        let special = SpecialTokens {
+            start: 101,
+            end: 102,
+            pad: 0,
+        };
+        let clock = Instant::now();
+        let captions = captioner.greedy(vision.view(), special, length)?;
+        let time = clock.elapsed();
+        let ids = |captions: &[Vec<i64>]| as_floats(&captions.concat());
+        let of = |name: &str| vectors.floats(name);
+        let logits = forced.into_dyn();
+        Ok(vec![
+            self.compared(
+                "git",
+                "first_step_logits",
+                &first,
+                of("first_step_logits")?,
+                CAPTION,
+            ),
+            self.compared(
+                "git",
+                "teacher_forced_logits",
+                &logits,
+                of("teacher_forced_logits")?,
+                CAPTION,
+            ),
+            self.exact_row("git", "generated_ids", &ids(&captions), &ids(&expected_ids))
                 .took(time),
         ])
     }

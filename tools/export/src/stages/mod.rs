@@ -8,6 +8,7 @@ pub mod autoencoder;
 pub mod backbone;
 pub mod blocks;
 pub mod bridge;
+pub mod captioner;
 pub mod prior;
 pub mod subject;
 pub mod text;
