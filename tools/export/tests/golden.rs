@@ -100,6 +100,7 @@ fn fp32_bundle_of_the_folder_is_within_every_tolerance() {
         "retrieval",
         "refiner",
         "git",
+        "pipeline",
     ] {
         let compared =
             |row: &&serde_json::Value| row["vectors"] == vectors && row["verdict"] == "ok";

@@ -2,7 +2,7 @@
 
 use bundle::{EdmSchedule, StageName};
 use decoder::sampler::{GuidanceScale, SigmaTable, euler_edm};
-use decoder::{SamplerError, Stage, StageError, resize, retrieval};
+use decoder::{SamplerError, Stage, resize, retrieval};
 use ndarray::{Array2, Array4, ArrayD, Axis, Ix4};
 
 use super::networks::{as_floats, call, fits, fixed, take};
@@ -21,6 +21,7 @@ const VECTOR: Tolerance = Tolerance::Close(5e-4);
 
 /// MindEye2's refiner: 25 steps, entered at the 13th level from the end.
 const REFINER_STEPS: usize = 25;
+const REFINER_KEPT: usize = 13;
 
 fn image(vectors: &Vectors, name: &str) -> Result<Array4<f32>, CheckError> {
     Ok(vectors
@@ -147,97 +148,244 @@ impl Parity {
             rows.push(Row::absent("refiner", "recorded for another latent size"));
             return Ok(rows);
         }
-        rows.extend(self.image_to_image_rows(&vectors, &unet, &encoder, &decoder)?);
+        let refiner = Refiner {
+            unet,
+            encoder,
+            decoder,
+        };
+        rows.extend(self.image_to_image_rows(&vectors, &refiner)?);
+        rows.extend(self.pipeline_rows(&refiner)?);
         Ok(rows)
     }
 
-    fn image_to_image_rows(
-        &self,
-        vectors: &Vectors,
-        unet: &Stage,
-        encoder: &Stage,
-        decoder: &Stage,
-    ) -> Rows {
-        let (schedule, scale) = match &self.bundle.manifest().unclip {
-            Some(unclip) => (unclip.schedule, unclip.scale_factor),
-            None => (
-                EdmSchedule {
-                    linear_start: 0.00085,
-                    linear_end: 0.012,
-                    steps: 1000,
-                },
-                0.13025,
-            ),
-        };
+    fn image_to_image_rows(&self, vectors: &Vectors, refiner: &Refiner) -> Rows {
         let of = |name: &str| vectors.floats(name);
-        // The encoder takes -1..1.
-        let image = of("image")?.mapv(|value| value * 2.0 - 1.0);
-        let mut outputs = call(encoder, "refiner_vae_encoder", &[("image", image.view())])?;
-        let (mean, logvar) = (take(&mut outputs, "mean"), take(&mut outputs, "logvar"));
-        let spread = logvar.mapv(|value| (0.5 * value).exp());
-        let latent = (mean + spread * of("enc_noise")?) * scale;
-        let mut rows =
-            vec![self.compared("refiner", "latent_enc", &latent, of("latent_enc")?, ENCODED)];
-
-        let table = SigmaTable::new(&schedule);
         let kept = of("sigmas")?.len();
-        let failed = |source: SamplerError| CheckError::Sampler {
-            sampler: "refiner",
-            source,
+        let prompt = Prompt {
+            with: (of("c_crossattn")?, of("c_vector")?),
+            without: (of("uc_crossattn")?, of("uc_vector")?),
         };
-        let levels = euler_edm::entered(&table, REFINER_STEPS, kept).map_err(failed)?;
-        let shown: Vec<f32> = levels.iter().map(|sigma| sigma.0).collect();
-        rows.push(self.table_row("refiner", "sigmas", &floats(&shown), of("sigmas")?));
-        let guidance = self
-            .bundle
-            .manifest()
-            .unclip
-            .as_ref()
-            .map_or(5.0, |unclip| unclip.guidance);
-        let call_with = |cross: &'static str, vector: &'static str| {
-            let (cross, vector) = (of(cross)?.clone(), of(vector)?.clone());
-            Ok::<_, CheckError>(
-                move |sample: &ArrayD<f32>, time: usize| -> Result<ArrayD<f32>, StageError> {
-                    eps(unet, sample, time, &cross, &vector)
-                },
-            )
-        };
-        let mut with = call_with("c_crossattn", "c_vector")?;
-        let mut without = call_with("uc_crossattn", "uc_vector")?;
-        let mut after = Vec::new();
-        let refined = euler_edm::sample_from(
-            &table,
-            &levels,
-            GuidanceScale(guidance),
-            &latent,
+        let refined = self.refine(
+            refiner,
+            of("image")?,
+            of("enc_noise")?,
             of("noise")?,
-            &mut with,
-            &mut without,
-            &mut |_, sample| after.push(sample.clone()),
-        )
-        .map_err(failed)?;
-        let scaled = refined.mapv(|value| value / scale);
-        let mut outputs = call(decoder, "refiner_vae_decoder", &[("latent", scaled.view())])?;
-        let raw = take(&mut outputs, "image");
-        let picture = raw.mapv(|value| decoder::Range::SYMMETRIC.apply(value));
-        rows.extend([
+            kept,
+            &prompt,
+        )?;
+        Ok(vec![
+            self.compared(
+                "refiner",
+                "latent_enc",
+                &refined.encoded,
+                of("latent_enc")?,
+                ENCODED,
+            ),
+            self.table_row("refiner", "sigmas", &floats(&refined.levels), of("sigmas")?),
             self.compared(
                 "refiner",
                 "latent_per_step",
-                &stack(&after),
+                &stack(&refined.steps),
                 of("latent_per_step")?,
                 REFINER_LATENT,
             ),
             self.compared(
                 "refiner",
                 "latent_final",
-                &refined,
+                &refined.latent,
                 of("latent_final")?,
                 REFINER_LATENT,
             ),
-            self.compared("refiner", "decoded_raw", &raw, of("decoded_raw")?, DECODED),
-            self.compared("refiner", "samples", &picture, of("samples")?, PICTURE),
-        ]);
-        Ok(rows)
+            self.compared(
+                "refiner",
+                "decoded_raw",
+                &refined.raw,
+                of("decoded_raw")?,
+                DECODED,
+            ),
+            self.compared(
+                "refiner",
+                "samples",
+                &refined.picture,
+                of("samples")?,
+                PICTURE,
+            ),
+        ])
     }
+
+    /// The tail of a whole run: resized, refined with the recorded prompt, resized, blended.
+    fn pipeline_rows(&self, refiner: &Refiner) -> Rows {
+        let (Some(vectors), Some(prompts)) =
+            (self.vectors("pipeline")?, self.vectors("sdxl_cond")?)
+        else {
+            return Ok(Vec::new());
+        };
+        let of = |name: &str| vectors.floats(name);
+        let resized = |name: &str, from: &Array4<f32>| -> Result<(Array4<f32>, Row), CheckError> {
+            let expected = of(name)?;
+            let found = resize::bilinear(from.view(), sides(expected));
+            let row = self.compared(
+                "pipeline",
+                name,
+                &found.clone().into_dyn(),
+                expected,
+                PICTURE,
+            );
+            Ok((found, row))
+        };
+        let (small, small_row) = resized("unclip_256", &image(&vectors, "unclip_samples")?)?;
+        let (input, input_row) = resized("refiner_in", &small)?;
+        let prompt = Prompt {
+            with: (of("c_crossattn")?, of("c_vector")?),
+            without: (
+                prompts.floats("uc_crossattn")?,
+                prompts.floats("uc_vector")?,
+            ),
+        };
+        let refined = self.refine(
+            refiner,
+            &input.into_dyn(),
+            of("enc_noise")?,
+            of("noise")?,
+            REFINER_KEPT,
+            &prompt,
+        )?;
+        let picture = refined
+            .picture
+            .clone()
+            .into_dimensionality::<Ix4>()
+            .unwrap_or_default();
+        let (enhanced, enhanced_row) = resized("enhanced_256", &picture)?;
+        let blurry = image(&vectors, "blurry_256")?;
+        let blended = resize::blend(enhanced.view(), blurry.view(), 0.75).into_dyn();
+        Ok(vec![
+            small_row,
+            input_row,
+            self.compared(
+                "pipeline",
+                "latent_enc",
+                &refined.encoded,
+                of("latent_enc")?,
+                ENCODED,
+            ),
+            self.compared(
+                "pipeline",
+                "latent_final",
+                &refined.latent,
+                of("latent_final")?,
+                REFINER_LATENT,
+            ),
+            self.compared(
+                "pipeline",
+                "refined",
+                &refined.picture,
+                of("refined")?,
+                PICTURE,
+            ),
+            enhanced_row,
+            self.compared("pipeline", "final", &blended, of("final")?, PICTURE),
+        ])
+    }
+
+    /// One picture through the refiner.
+    ///
+    /// - `image`: `[1, 3, height, width]`, 0..1.
+    /// - `kept`: levels of the schedule's end that are run, the closing zero among them.
+    fn refine(
+        &self,
+        refiner: &Refiner,
+        image: &ArrayD<f32>,
+        enc_noise: &ArrayD<f32>,
+        noise: &ArrayD<f32>,
+        kept: usize,
+        prompt: &Prompt<'_>,
+    ) -> Result<Refined, CheckError> {
+        let (schedule, scale, guidance) = match &self.bundle.manifest().unclip {
+            Some(unclip) => (unclip.schedule, unclip.scale_factor, unclip.guidance),
+            None => {
+                let released = EdmSchedule {
+                    linear_start: 0.00085,
+                    linear_end: 0.012,
+                    steps: 1000,
+                };
+                (released, 0.13025, 5.0)
+            }
+        };
+        // The encoder takes -1..1.
+        let image = image.mapv(|value| value * 2.0 - 1.0);
+        let mut outputs = call(
+            &refiner.encoder,
+            "refiner_vae_encoder",
+            &[("image", image.view())],
+        )?;
+        let (mean, logvar) = (take(&mut outputs, "mean"), take(&mut outputs, "logvar"));
+        let encoded = (mean + logvar.mapv(|value| (0.5 * value).exp()) * enc_noise) * scale;
+
+        let table = SigmaTable::new(&schedule);
+        let failed = |source: SamplerError| CheckError::Sampler {
+            sampler: "refiner",
+            source,
+        };
+        let levels = euler_edm::entered(&table, REFINER_STEPS, kept).map_err(failed)?;
+        let mut steps = Vec::new();
+        let latent = euler_edm::sample_from(
+            &table,
+            &levels,
+            GuidanceScale(guidance),
+            &encoded,
+            noise,
+            &mut |sample, time| eps(&refiner.unet, sample, time, prompt.with.0, prompt.with.1),
+            &mut |sample, time| {
+                eps(
+                    &refiner.unet,
+                    sample,
+                    time,
+                    prompt.without.0,
+                    prompt.without.1,
+                )
+            },
+            &mut |_, sample| steps.push(sample.clone()),
+        )
+        .map_err(failed)?;
+        let scaled = latent.mapv(|value| value / scale);
+        let mut outputs = call(
+            &refiner.decoder,
+            "refiner_vae_decoder",
+            &[("latent", scaled.view())],
+        )?;
+        let raw = take(&mut outputs, "image");
+        let picture = raw.mapv(|value| decoder::Range::SYMMETRIC.apply(value));
+        let levels = levels.iter().map(|sigma| sigma.0).collect();
+        Ok(Refined {
+            encoded,
+            levels,
+            steps,
+            latent,
+            raw,
+            picture,
+        })
+    }
+}
+
+/// The refiner's networks.
+struct Refiner {
+    unet: Stage,
+    encoder: Stage,
+    decoder: Stage,
+}
+
+/// Conditioning tokens and vector, with the prompt and without.
+struct Prompt<'p> {
+    with: (&'p ArrayD<f32>, &'p ArrayD<f32>),
+    without: (&'p ArrayD<f32>, &'p ArrayD<f32>),
+}
+
+/// What the refiner did, step by step.
+struct Refined {
+    encoded: ArrayD<f32>,
+    levels: Vec<f32>,
+    steps: Vec<ArrayD<f32>>,
+    latent: ArrayD<f32>,
+    raw: ArrayD<f32>,
+    picture: ArrayD<f32>,
 }
