@@ -43,7 +43,7 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Licences, advisories and sources of the dependencies, where `cargo-deny` is installed.
+/// Licences, sources and bans of the dependencies, where `cargo-deny` is installed.
 fn dependencies() -> Result<(), workspace::CommandError> {
     let present = cargo(&["deny", "--version"])
         .stdout(Stdio::null())
@@ -56,7 +56,9 @@ fn dependencies() -> Result<(), workspace::CommandError> {
         );
         return Ok(());
     }
-    step("dependencies", cargo(&["deny", "--locked", "check"]))
+    // Advisories need a database from the network; `cargo deny check advisories` asks for it.
+    let checks = ["deny", "--locked", "check", "bans", "licenses", "sources"];
+    step("dependencies", cargo(&checks))
 }
 
 fn cargo(arguments: &[&str]) -> Command {
