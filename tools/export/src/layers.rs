@@ -192,6 +192,18 @@ pub fn quick_gelu(g: &mut Graph<'_>, x: &Value) -> Value {
     g.mul(x, &sigmoid)
 }
 
+/// `x` `[batch, n, heads * width]` as `[batch, n, head, width]`, its axes in the given order.
+pub fn split_heads(g: &mut Graph<'_>, x: &Value, heads: u64, order: [usize; 4]) -> Value {
+    let axes = [
+        BATCH,
+        Axis::Len(x.len(1)),
+        Axis::Len(heads),
+        Axis::Len(x.last() / heads),
+    ];
+    let x = g.reshape(x, &axes);
+    g.transpose(&x, &order)
+}
+
 /// Attention of `q` `[batch, n, inner]` over `k`, `v` `[batch, m, inner]` in `heads` heads; `[batch, n, inner]`.
 pub fn attention(g: &mut Graph<'_>, q: &Value, k: &Value, v: &Value, heads: u64) -> Value {
     masked_attention(g, q, k, v, heads, None)
@@ -224,21 +236,11 @@ pub fn masked_attention(
 ) -> Value {
     let inner = q.last();
     let width = inner / heads;
-    let split = |g: &mut Graph<'_>, x: &Value, order: [usize; 4]| {
-        let axes = [
-            BATCH,
-            Axis::Len(x.len(1)),
-            Axis::Len(heads),
-            Axis::Len(width),
-        ];
-        let x = g.reshape(x, &axes);
-        g.transpose(&x, &order)
-    };
     // The scale goes onto the queries, which are fewer than the scores and stay small in fp16.
     let scaled = g.scale(q, 1.0 / as_f32(width).sqrt());
-    let q_heads = split(g, &scaled, [0, 2, 1, 3]);
-    let k_heads = split(g, k, [0, 2, 3, 1]);
-    let v_heads = split(g, v, [0, 2, 1, 3]);
+    let q_heads = split_heads(g, &scaled, heads, [0, 2, 1, 3]);
+    let k_heads = split_heads(g, k, heads, [0, 2, 3, 1]);
+    let v_heads = split_heads(g, v, heads, [0, 2, 1, 3]);
     let mut scores = g.matmul(&q_heads, &k_heads);
     if let Some(mask) = mask {
         scores = g.add(&scores, mask);

@@ -13,7 +13,7 @@
 use bundle::Precision;
 
 use crate::graph::{Axis, BATCH, Graph, Value};
-use crate::layers::{as_f32, attention, gelu, layer_norm, linear, linear_to, softmax};
+use crate::layers::{as_f32, attention, gelu, layer_norm, linear, linear_to, softmax, split_heads};
 use crate::section::Section;
 
 const EPS: f32 = 1e-12;
@@ -217,27 +217,17 @@ fn attend(
 ) -> Value {
     let dim = q.last();
     let width = dim / heads;
-    let split = |g: &mut Graph<'_>, x: &Value, order: [usize; 4]| {
-        let axes = [
-            BATCH,
-            Axis::Len(x.len(1)),
-            Axis::Len(heads),
-            Axis::Len(width),
-        ];
-        let x = g.reshape(x, &axes);
-        g.transpose(&x, &order)
-    };
     let scaled = g.scale(q, 1.0 / as_f32(width).sqrt());
-    let q = split(g, &scaled, [0, 2, 1, 3]);
+    let q = split_heads(g, &scaled, heads, [0, 2, 1, 3]);
     let [before, own] = keys.map(|k| {
-        let k = split(g, k, [0, 2, 3, 1]);
+        let k = split_heads(g, k, heads, [0, 2, 3, 1]);
         g.matmul(&q, &k)
     });
     let before = g.add(&before, hidden);
     let scores = g.concat(&[&before, &own], 3);
     let shares = softmax(g, &scores);
     let joined = g.concat(&values, 1);
-    let v = split(g, &joined, [0, 2, 1, 3]);
+    let v = split_heads(g, &joined, heads, [0, 2, 1, 3]);
     let mixed = g.matmul(&shares, &v);
     let mixed = g.transpose(&mixed, &[0, 2, 1, 3]);
     g.reshape(&mixed, &[BATCH, Axis::Len(1), Axis::Len(dim)])
