@@ -13,31 +13,20 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use bundle::{
-    BlurrySettings, BundleWriter, EdgeSettings, EdmSchedule, FORMAT_VERSION, Manifest,
-    PriorSettings, Source, Stage, StageName, Subject, UnclipSettings, WriteError,
+    BundleWriter, FORMAT_VERSION, Manifest, Source, Stage, StageName, Subject, WriteError,
 };
 use prost::Message;
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::describe::describe;
 use crate::graph::Graph;
 use crate::plan::Plan;
 use crate::section::{Problem, Section, chain};
-use crate::stages::{autoencoder, backbone, bridge, captioner, prior, subject, text, unet, vision};
 use crate::weights;
 
 /// Largest mask that is carried in a bundle.
 const MAX_MASK_BYTES: u64 = 64 << 20;
-
-/// Keys of sgm engines that no stage needs: what is left of the towers, training's losses and tables.
-const UNUSED_OF_ENGINES: [&str; 6] = [
-    "first_stage_model.encoder.",
-    "first_stage_model.quant_conv.",
-    "first_stage_model.loss.",
-    "conditioner.",
-    "denoiser.",
-    "model_ema.",
-];
 
 /// Why no bundle was written.
 #[derive(Debug, thiserror::Error)]
@@ -94,12 +83,15 @@ fn listed(problems: &[Problem]) -> String {
 }
 
 /// A graph and where it goes.
-struct Planned<'c> {
-    place: Place,
-    graph: Graph<'c>,
+pub(crate) struct Planned<'c> {
+    /// Where it goes.
+    pub(crate) place: Place,
+    /// The network.
+    pub(crate) graph: Graph<'c>,
 }
 
-enum Place {
+/// Where a graph goes in the bundle.
+pub(crate) enum Place {
     Shared(StageName),
     Subject {
         id: String,
@@ -129,8 +121,9 @@ impl Place {
 }
 
 /// A checkpoint of the plan, open.
-struct Opened {
-    role: &'static str,
+pub(crate) struct Opened {
+    /// What it is for.
+    pub(crate) role: &'static str,
     path: PathBuf,
     checkpoint: Checkpoint,
 }
@@ -145,7 +138,7 @@ impl Opened {
     }
 
     /// The tensors under the checkpoint's usual key, or at its root.
-    fn section(&self, root: Option<&str>) -> Result<Section<'_>, Problem> {
+    pub(crate) fn section(&self, root: Option<&str>) -> Result<Section<'_>, Problem> {
         let tensors = match root {
             Some(root) => self.checkpoint.section(root).map_err(|error| Problem {
                 file: self.file(),
@@ -336,351 +329,4 @@ fn write_stages(
 #[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
 fn megabytes(len: u64) -> String {
     format!("{:.1} MB", len as f64 / 1e6)
-}
-
-/// Everything the manifest needs but hashes.
-struct Description<'c> {
-    planned: Vec<Planned<'c>>,
-    blurry: Option<BlurrySettings>,
-    prior: Option<PriorSettings>,
-    unclip: Option<UnclipSettings>,
-}
-
-/// Builds every graph; fails with all problems of all checkpoints at once.
-fn describe<'c>(plan: &Plan, opened: &'c [Opened]) -> Result<Description<'c>, ExportError> {
-    let mut builder = Builder {
-        plan,
-        problems: Vec::new(),
-        sections: Vec::new(),
-        tokens: plan.settings.context_tokens,
-        dim: None,
-        blurry_latent: plan.settings.blurry_latent_hw,
-        description: Description {
-            planned: Vec::new(),
-            blurry: None,
-            prior: None,
-            unclip: None,
-        },
-    };
-    for source in opened {
-        let root = match source.role {
-            "mindeye" | "bridge" => Some("model_state_dict"),
-            "unclip" => Some("state_dict"),
-            _ => None,
-        };
-        match source.section(root) {
-            Ok(section) => match source.role {
-                "mindeye" => builder.mindeye(section),
-                "unclip" => builder.unclip(section),
-                "sdxl" => builder.sdxl(section),
-                "bridge" => builder.bridge(section),
-                "captioner" => builder.captioner(section),
-                _ => builder.autoenc(section),
-            },
-            Err(problem) => builder.problems.push(problem),
-        }
-    }
-    builder.finish()
-}
-
-struct Builder<'p, 'c> {
-    plan: &'p Plan,
-    problems: Vec<Problem>,
-    sections: Vec<Section<'c>>,
-    tokens: u64,
-    dim: Option<u64>,
-    blurry_latent: [u64; 2],
-    description: Description<'c>,
-}
-
-impl<'c> Builder<'_, 'c> {
-    fn add(&mut self, name: StageName, graph: Graph<'c>) {
-        self.description.planned.push(Planned {
-            place: Place::Shared(name),
-            graph,
-        });
-    }
-
-    fn mindeye(&mut self, s: Section<'c>) {
-        let precision = self.plan.precision;
-        let shape = backbone::BackboneShape::read(&s);
-        self.tokens = shape.tokens;
-        self.dim = Some(shape.dim);
-        self.subjects(&s, shape.hidden);
-        let graph = backbone::build(&s, shape, precision);
-        let blurry = graph
-            .specs()
-            .1
-            .into_iter()
-            .find(|output| output.name == "blurry_latent");
-        if let Some((Some(height), Some(width))) =
-            blurry.map(|latent| (latent.fixed(2), latent.fixed(3)))
-        {
-            self.blurry_latent = [height, width];
-        }
-        self.add(StageName::Backbone, graph);
-        if s.has_prefix("diffusion_prior.") {
-            self.prior(&s, shape);
-        }
-        self.sections.push(s);
-    }
-
-    fn subjects(&mut self, s: &Section<'c>, hidden: u64) {
-        let indices = subject::indices(s);
-        if indices.is_empty() {
-            s.problem(
-                "ridge.linears.0.weight",
-                "expected at least one subject, the key is missing".into(),
-            );
-        }
-        let chosen: Vec<(u64, Option<String>, Option<PathBuf>)> = if self.plan.subjects.is_empty() {
-            indices.iter().map(|&index| (index, None, None)).collect()
-        } else {
-            self.plan
-                .subjects
-                .iter()
-                .map(|subject| (subject.index, subject.id.clone(), subject.mask.clone()))
-                .collect()
-        };
-        for &index in indices
-            .iter()
-            .filter(|index| !chosen.iter().any(|(chosen, ..)| chosen == *index))
-        {
-            s.ignore(&format!("ridge.linears.{index}."));
-        }
-        for (index, id, mask) in chosen {
-            let id = id.unwrap_or_else(|| format!("subj{:02}", index + 1));
-            let graph = subject::build(s, index, hidden, self.plan.precision);
-            let voxels = subject::voxels(s, index);
-            self.description.planned.push(Planned {
-                place: Place::Subject {
-                    id,
-                    index,
-                    voxels,
-                    mask,
-                },
-                graph,
-            });
-        }
-    }
-
-    fn prior(&mut self, s: &Section<'c>, shape: backbone::BackboneShape) {
-        let settings = &self.plan.settings;
-        let (tokens, dim) = prior::token_shape(s);
-        if (tokens, dim) != (shape.tokens, shape.dim) {
-            let message = format!(
-                "expected the backbone's {} tokens of {}, found {tokens} of {dim}",
-                shape.tokens, shape.dim
-            );
-            s.problem("diffusion_prior.net.null_image_embed", message);
-        }
-        let graph = prior::build(s, self.plan.precision);
-        let (timesteps, tables) = prior::schedule(s);
-        self.description.prior = Some(PriorSettings {
-            tokens,
-            dim,
-            timesteps,
-            sampling_steps: settings.prior_steps,
-            eta: settings.prior_eta,
-            cond_scale: settings.prior_cond_scale,
-            tables,
-        });
-        self.add(StageName::Prior, graph);
-    }
-
-    fn unclip(&mut self, s: Section<'c>) {
-        let (settings, precision) = (&self.plan.settings, self.plan.precision);
-        let options = unet::UnetOptions {
-            head_channels: settings.num_head_channels,
-            latent: settings.latent_hw,
-            tokens: self.tokens,
-        };
-        let graph = unet::build("unclip", &s, options, precision);
-        let width = graph
-            .specs()
-            .0
-            .iter()
-            .find(|input| input.name == "context")
-            .and_then(|context| context.fixed(2));
-        if let (Some(width), Some(dim)) = (width, self.dim)
-            && width != dim
-        {
-            s.problem(
-                "model.diffusion_model",
-                format!("expected a context of the backbone's {dim} channels, found {width}"),
-            );
-        }
-        let adm = unet::vector_len(&s);
-        let expected = settings.vector_embed_dim * settings.vector_values.len() as u64;
-        if adm != expected {
-            let message = format!(
-                "expected {} values of {} numbers each = {expected} columns, found {adm}",
-                settings.vector_values.len(),
-                settings.vector_embed_dim
-            );
-            s.problem("model.diffusion_model.label_emb.0.0.weight", message);
-        }
-        let [latent_height, latent_width] = settings.latent_hw;
-        self.description.unclip = Some(UnclipSettings {
-            latent_channels: unet::latent_channels(&s),
-            latent_height,
-            latent_width,
-            scale_factor: settings.scale_factor,
-            guidance: settings.guidance,
-            steps: settings.unclip_steps,
-            offset_noise: settings.offset_noise,
-            vector: decoder::conditioning::vector(
-                &settings.vector_values,
-                settings.vector_embed_dim,
-            ),
-            schedule: EdmSchedule {
-                linear_start: settings.linear_start,
-                linear_end: settings.linear_end,
-                steps: settings.schedule_steps,
-            },
-            image_scale: settings.image_scale,
-            image_shift: settings.image_shift,
-            edge: EdgeSettings {
-                steps: settings.edge_steps,
-            },
-        });
-        self.add(StageName::Unclip, graph);
-        let prefix = "first_stage_model.";
-        let keys = autoencoder::DecoderKeys::sgm(&s, &format!("{prefix}decoder."));
-        let graph = autoencoder::build(
-            "vae_decoder",
-            &s,
-            &format!("{prefix}post_quant_conv"),
-            &keys,
-            settings.latent_hw,
-            precision,
-        );
-        self.add(StageName::VaeDecoder, graph);
-        if autoencoder::has_encoder(&s, prefix) {
-            let latent = settings.latent_hw;
-            let graph = autoencoder::build_encoder("vae_encoder", &s, prefix, latent, precision);
-            self.add(StageName::VaeEncoder, graph);
-        }
-        let visual = "conditioner.embedders.0.model.visual.";
-        if s.has_prefix(visual) {
-            let (side, head) = (settings.vision_side, settings.vision_head_width);
-            let graph = vision::build(&s, visual, side, head, precision);
-            self.add(StageName::ImageEncoder, graph);
-        }
-        // Parts of the engine that nothing here uses, and tables that training leaves behind.
-        for other in UNUSED_OF_ENGINES {
-            s.ignore(other);
-        }
-        self.sections.push(s);
-    }
-
-    fn sdxl(&mut self, s: Section<'c>) {
-        let (settings, precision) = (&self.plan.settings, self.plan.precision);
-        let clip_l = "conditioner.embedders.0.transformer.text_model.";
-        let open_clip = "conditioner.embedders.1.model.";
-        let first = text::clip_l(
-            &s,
-            clip_l,
-            settings.clip_l_heads,
-            settings.clip_l_layer,
-            precision,
-        );
-        let second = text::open_clip(&s, open_clip, settings.open_clip_heads, precision);
-        let tokens = s.axis(&format!("{open_clip}positional_embedding"), 2, 0);
-        let options = unet::UnetOptions {
-            head_channels: settings.refiner_head_channels,
-            latent: settings.refiner_latent_hw,
-            tokens,
-        };
-        let graph = unet::build("refiner", &s, options, precision);
-        self.add(StageName::TextEncoder1, first);
-        self.add(StageName::TextEncoder2, second);
-        self.add(StageName::Refiner, graph);
-        let prefix = "first_stage_model.";
-        let latent = settings.refiner_latent_hw;
-        let keys = autoencoder::DecoderKeys::sgm(&s, &format!("{prefix}decoder."));
-        let graph = autoencoder::build(
-            "refiner_vae_decoder",
-            &s,
-            &format!("{prefix}post_quant_conv"),
-            &keys,
-            latent,
-            precision,
-        );
-        self.add(StageName::RefinerVaeDecoder, graph);
-        let graph =
-            autoencoder::build_encoder("refiner_vae_encoder", &s, prefix, latent, precision);
-        self.add(StageName::RefinerVaeEncoder, graph);
-        for other in UNUSED_OF_ENGINES {
-            s.ignore(other);
-        }
-        self.sections.push(s);
-    }
-
-    fn captioner(&mut self, s: Section<'c>) {
-        let settings = &self.plan.settings;
-        let options = captioner::CaptionerOptions {
-            heads: settings.caption_heads,
-            vision: settings.caption_vision,
-            words: settings.caption_words,
-        };
-        let prefix = captioner::prefix(&s, options, self.plan.precision);
-        let step = captioner::step(&s, options, self.plan.precision);
-        self.add(StageName::CaptionerPrefix, prefix);
-        self.add(StageName::Captioner, step);
-        // The captioner sees through the bridge and not through its own image tower.
-        for other in ["git.image_encoder.", "git.embeddings.position_ids"] {
-            s.ignore(other);
-        }
-        self.sections.push(s);
-    }
-
-    fn bridge(&mut self, s: Section<'c>) {
-        let graph = bridge::build(&s, self.plan.precision);
-        self.add(StageName::CaptionBridge, graph);
-        self.sections.push(s);
-    }
-
-    fn autoenc(&mut self, s: Section<'c>) {
-        let keys = autoencoder::DecoderKeys::diffusers(&s, "decoder.");
-        let graph = autoencoder::build(
-            "blurry_decoder",
-            &s,
-            "post_quant_conv",
-            &keys,
-            self.blurry_latent,
-            self.plan.precision,
-        );
-        self.add(StageName::BlurryDecoder, graph);
-        self.description.blurry = Some(BlurrySettings {
-            latent_scale: self.plan.settings.blurry_scale,
-        });
-        for other in ["encoder.", "quant_conv."] {
-            s.ignore(other);
-        }
-        self.sections.push(s);
-    }
-
-    fn finish(mut self) -> Result<Description<'c>, ExportError> {
-        for s in &self.sections {
-            if !self.plan.allow_unexpected {
-                for key in s.unexpected() {
-                    s.problem(&key, "no part of the network knows this tensor; --allow-unexpected exports without it".into());
-                }
-            }
-        }
-        let broken =
-            !self.problems.is_empty() || self.sections.iter().any(|s| !s.problems().is_empty());
-        if !broken {
-            return Ok(self.description);
-        }
-        for s in &self.sections {
-            s.check_all_finite();
-            self.problems.extend(s.problems());
-        }
-        self.problems.sort();
-        Err(ExportError::Problems {
-            problems: self.problems,
-        })
-    }
 }

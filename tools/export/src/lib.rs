@@ -6,6 +6,7 @@
 
 pub mod check;
 pub mod checkpoint;
+mod describe;
 pub mod export;
 pub mod graph;
 pub mod layers;
