@@ -22,9 +22,10 @@ mod write;
 
 pub use key::{KeyError, PublicKey, SecretKey, generate_keys};
 pub use manifest::{
-    BlurrySettings, DType, Dim, EdgeSettings, EdmSchedule, FORMAT_VERSION, FileEntry, Manifest,
-    ManifestError, Precision, PriorSettings, PriorTables, Source, Stage, StageName, Subject,
-    TensorSpec, UnclipSettings,
+    BlurrySettings, DType, Dim, EdgeSettings, EdmSchedule, Entrance, FORMAT_VERSION,
+    FewStepSampler, FileEntry, Manifest, ManifestError, Precision, PriorSettings, PriorTables,
+    RefinerEdgeSettings, RefinerSettings, Source, Stage, StageName, Subject, TensorSpec,
+    UnclipSettings,
 };
 pub use read::{Bundle, BundleError, UnverifiedBundle, open, sign};
 pub use write::{BundleWriter, WeightsWriter, WriteError};

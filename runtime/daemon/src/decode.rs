@@ -17,7 +17,8 @@ use display::png;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use wire::{
-    FromAcquire, FromDecode, PictureKind, PictureMessage, RoleName, SessionMessage, TrialMessage,
+    CaptionMessage, FromAcquire, FromDecode, PictureKind, PictureMessage, RoleName, SessionMessage,
+    TrialMessage,
 };
 
 use crate::link::{Heard, Keep, Publisher, subscribe, trial_key};
@@ -40,6 +41,8 @@ struct PictureFile {
     subject: String,
     fidelity: Fidelity,
     steps: u32,
+    refiner_steps: u32,
+    caption: Option<String>,
     noise: NoiseKey,
     bundle: String,
     random_weights: bool,
@@ -85,6 +88,9 @@ pub(crate) fn main(settings: &Settings, stop: &Arc<AtomicBool>) -> Result<(), Ro
         took_ms = started.elapsed().as_secs_f64() * 1e3,
         "bundle.verify"
     );
+    for off in model.decoder.switched_off() {
+        tracing::info!(feature = off.feature, lacks = %off.lacks, "the bundle cannot show this");
+    }
     let publisher = Publisher::bind(&settings.runtime_dir.join(SOCKET), "decode", settings.queue)
         .map_err(|source| RoleError::Socket { source })?;
     let short: String = model.digest.chars().take(12).collect();
@@ -262,17 +268,15 @@ impl Model {
             pipeline::decode_trial(&self.decoder, trial, session.seed, &mut |progress| {
                 match progress {
                     Progress::Blurry(picture) => present(PictureKind::Blurry, picture, 0),
-                    Progress::Step {
-                        sampler: "unclip",
-                        of,
-                        ..
-                    } => {
+                    Progress::Step { sampler, of, .. } if sampler != "prior" => {
                         steps = u32::try_from(of).unwrap_or(u32::MAX);
                     }
-                    Progress::Step { .. } => {}
                     Progress::Unrefined(picture) => {
                         present(PictureKind::Unrefined, picture, steps);
                     }
+                    Progress::Caption(text) => tell_caption(session, trial, text, publisher),
+                    Progress::Refined(picture) => present(PictureKind::Refined, picture, steps),
+                    Progress::Step { .. } | Progress::Part { .. } => {}
                 }
             })
             .map_err(|error| Undecoded::Failed(chain(&error)))?;
@@ -285,6 +289,8 @@ impl Model {
             subject: self.subject.clone(),
             fidelity: self.decoder.fidelity(),
             steps: u32::try_from(reconstruction.steps).unwrap_or(u32::MAX),
+            refiner_steps: u32::try_from(reconstruction.refiner_steps).unwrap_or(u32::MAX),
+            caption: reconstruction.caption,
             noise: noise_key(session, trial),
             bundle: self.digest.clone(),
             random_weights: self.random_weights,
@@ -355,13 +361,7 @@ impl Model {
         if !same {
             return false;
         }
-        let timings = file.timings;
-        let total_ms = timings.brain_ms
-            + timings.blurry_ms
-            + timings.prior_ms
-            + timings.unclip_ms
-            + timings.vae_ms;
-        for kind in [PictureKind::Blurry, PictureKind::Unrefined] {
+        for kind in PictureKind::ALL {
             let Ok(png) = fs::read(picture_path(folder, trial, kind)) else {
                 continue;
             };
@@ -377,22 +377,43 @@ impl Model {
                 height,
                 png,
                 stimulus_at_ms: trial.stimulus_at_ms,
-                took_ms: total_ms,
+                took_ms: file.timings.total_ms(),
                 seed: session.seed,
-                steps: file.steps,
+                steps: match kind {
+                    PictureKind::Refined => file.refiner_steps,
+                    _ => file.steps,
+                },
             };
             let key = trial_key(trial.run, trial.trial, part(kind));
             publisher.publish(&FromDecode::Picture(message), Keep::Under(key));
+        }
+        if let Some(text) = &file.caption {
+            tell_caption(session, trial, text, publisher);
         }
         true
     }
 }
 
+/// What the publisher keeps a trial's messages under; pictures before the words about them.
 fn part(kind: PictureKind) -> u8 {
     match kind {
         PictureKind::Blurry => 0,
         PictureKind::Unrefined => 1,
+        PictureKind::Refined => 2,
     }
+}
+
+const CAPTION_PART: u8 = 3;
+
+fn tell_caption(session: &SessionMessage, trial: &TrialMessage, text: &str, publisher: &Publisher) {
+    let message = CaptionMessage {
+        session: session.id.clone(),
+        run: trial.run,
+        trial: trial.trial,
+        text: text.into(),
+    };
+    let key = trial_key(trial.run, trial.trial, CAPTION_PART);
+    publisher.publish(&FromDecode::Caption(message), Keep::Under(key));
 }
 
 fn noise_key(session: &SessionMessage, trial: &TrialMessage) -> NoiseKey {

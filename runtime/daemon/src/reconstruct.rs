@@ -100,6 +100,8 @@ struct Note<'n> {
     random_weights: bool,
     fidelity: Fidelity,
     steps: usize,
+    refiner_steps: usize,
+    caption: Option<&'n str>,
     noise: NoiseKey,
     timings: decoder::Timings,
     software: &'n str,
@@ -134,6 +136,13 @@ fn reconstruct(arguments: &Arguments) -> Result<(), ReconstructError> {
         FidelityArgument::Edge => Fidelity::Edge,
     };
     let decoder = Decoder::load(&runtime, &bundle, &subject, fidelity)?;
+    for off in decoder.switched_off() {
+        let (feature, lacks) = (off.feature, off.lacks);
+        let _ = writeln!(
+            std::io::stderr(),
+            "note: no {feature}, the bundle has no {lacks}"
+        );
+    }
     std::fs::create_dir_all(&arguments.out).map_err(record::at(&arguments.out))?;
     let trials = betas.len_of(Axis(0));
     for (index, zbetas) in betas.outer_iter().enumerate() {
@@ -163,7 +172,11 @@ fn reconstruct(arguments: &Arguments) -> Result<(), ReconstructError> {
                 trial: index + 1,
                 source,
             })?;
-        let pictures = [("blurry", &made.blurry), ("unrefined", &made.picture)];
+        let pictures = [
+            ("blurry", &made.blurry),
+            ("unrefined", &made.picture),
+            ("refined", &made.refined),
+        ];
         for (kind, picture) in pictures {
             if let Some(picture) = picture {
                 let png = encode(picture, bundle.digest(), noise, manifest.random_weights)?;
@@ -178,6 +191,8 @@ fn reconstruct(arguments: &Arguments) -> Result<(), ReconstructError> {
             random_weights: manifest.random_weights,
             fidelity,
             steps: made.steps,
+            refiner_steps: made.refiner_steps,
+            caption: made.caption.as_deref(),
             noise,
             timings: made.timings,
             software: env!("CARGO_PKG_VERSION"),

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use display::board::{Board, Kind, RoleState, SessionInfo, Shown};
 use display::web;
-use wire::{FromAcquire, FromDecode, PictureKind, PictureMessage, RoleName};
+use wire::{CaptionMessage, FromAcquire, FromDecode, PictureKind, PictureMessage, RoleName};
 
 use crate::link::{Heard, subscribe};
 use crate::roles::RoleError;
@@ -22,12 +22,27 @@ struct Known {
     session: Option<(String, String)>,
     model: Option<(String, bool, String)>,
     roles: BTreeMap<String, RoleState>,
-    /// Pictures of a session that was not announced yet; the two connections race.
-    early: VecDeque<PictureMessage>,
+    /// What was decoded in a session that was not announced yet; the two connections race.
+    early: VecDeque<Decoded>,
 }
 
-/// Pictures that wait for their session.
-const MAX_EARLY: usize = 2 * display::board::MAX_TRIALS;
+/// What the decoder made of a trial.
+enum Decoded {
+    Picture(PictureMessage),
+    Caption(CaptionMessage),
+}
+
+impl Decoded {
+    fn session(&self) -> &str {
+        match self {
+            Decoded::Picture(picture) => &picture.session,
+            Decoded::Caption(caption) => &caption.session,
+        }
+    }
+}
+
+/// Pictures and captions that wait for their session.
+const MAX_EARLY: usize = 4 * display::board::MAX_TRIALS;
 
 #[derive(Clone)]
 struct Desk {
@@ -61,16 +76,13 @@ impl Desk {
         });
     }
 
-    fn picture(&self, message: PictureMessage) {
+    fn decoded(&self, decoded: Decoded) {
         let fidelity = {
             let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-            if known
-                .session
-                .as_ref()
-                .is_none_or(|(id, _)| *id != message.session)
-            {
+            let current = known.session.as_ref();
+            if current.is_none_or(|(id, _)| id != decoded.session()) {
                 // Of a session that is over, or about to be announced.
-                known.early.push_back(message);
+                known.early.push_back(decoded);
                 if known.early.len() > MAX_EARLY {
                     known.early.pop_front();
                 }
@@ -81,6 +93,15 @@ impl Desk {
                 .map(|(_, _, fidelity)| fidelity.clone())
                 .unwrap_or_default()
         };
+        match decoded {
+            Decoded::Picture(picture) => self.picture(picture, fidelity),
+            Decoded::Caption(caption) => {
+                self.board.caption(caption.run, caption.trial, caption.text);
+            }
+        }
+    }
+
+    fn picture(&self, message: PictureMessage, fidelity: String) {
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
@@ -93,6 +114,7 @@ impl Desk {
             kind: match message.kind {
                 PictureKind::Blurry => Kind::Blurry,
                 PictureKind::Unrefined => Kind::Unrefined,
+                PictureKind::Refined => Kind::Refined,
             },
             tier: "fast".into(),
             width: message.width,
@@ -120,7 +142,7 @@ impl Desk {
                     early = std::mem::take(&mut known.early);
                 });
                 // Those of another session find no place here.
-                early.into_iter().for_each(|picture| self.picture(picture));
+                early.into_iter().for_each(|decoded| self.decoded(decoded));
             }
             Heard::Message(FromAcquire::RunStarted { run, tr_ms, .. }) => {
                 self.board.run_started(run, tr_ms);
@@ -145,7 +167,8 @@ impl Desk {
             }) => {
                 self.learn(|known| known.model = Some((bundle, random_weights, fidelity)));
             }
-            Heard::Message(FromDecode::Picture(picture)) => self.picture(picture),
+            Heard::Message(FromDecode::Picture(picture)) => self.decoded(Decoded::Picture(picture)),
+            Heard::Message(FromDecode::Caption(caption)) => self.decoded(Decoded::Caption(caption)),
             Heard::Message(FromDecode::Fault { text }) => self.board.fault(text),
         }
     }

@@ -3,14 +3,19 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use bundle::{Bundle, PriorSettings, StageName, UnclipSettings};
-use ndarray::{Array2, ArrayD, ArrayView2, Axis, IxDyn};
+use bundle::{Bundle, StageName};
+use ndarray::{Array2, ArrayD, ArrayView2, ArrayView4, Axis, Ix4};
 use serde::{Deserialize, Serialize};
 
-use crate::sampler::{
-    GuidanceScale, SamplerError, SigmaTable, euler_edm, lcm, prior_ddim, spacing,
-};
-use crate::{Noise, NoiseKey, Picture, PictureError, Range, Runtime, Stage, StageError, Stream};
+use crate::caption::CaptionError;
+use crate::narrator::Narrator;
+use crate::networks::{Networks, index};
+use crate::noise::{Draw, KeyedNoise};
+use crate::painter::{Painter, decoded};
+use crate::refiner::{Refiner, Unrefined};
+use crate::sampler::SamplerError;
+use crate::text::PromptError;
+use crate::{NoiseKey, Picture, PictureError, Range, Runtime, Stage, StageError};
 
 /// How closely the original's sampling is followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,6 +93,20 @@ pub enum DecodeError {
         /// Why.
         source: PictureError,
     },
+    /// An output with other axes than the next network takes.
+    #[error("{stage} returned shape {found:?}, which the next network does not take")]
+    Axes {
+        /// The network.
+        stage: &'static str,
+        /// Its output's shape.
+        found: Vec<usize>,
+    },
+    /// There is no caption.
+    #[error("the picture cannot be captioned")]
+    Caption(#[from] CaptionError),
+    /// The caption's vocabulary or the text encoders cannot be used.
+    #[error("text cannot be read")]
+    Text(#[from] PromptError),
 }
 
 /// What is known before the end.
@@ -97,7 +116,7 @@ pub enum Progress<'p> {
     Blurry(&'p Picture),
     /// A network call of a sampler is done.
     Step {
-        /// `prior` or `unclip`.
+        /// `prior`, `unclip` or `refiner`.
         sampler: &'static str,
         /// From 1.
         step: usize,
@@ -106,46 +125,95 @@ pub enum Progress<'p> {
     },
     /// The picture before refinement.
     Unrefined(&'p Picture),
+    /// What the captioner says is in it.
+    Caption(&'p str),
+    /// The refined picture, blended with the blurry one.
+    Refined(&'p Picture),
+    /// What one part hands to the next, for parity checks: `brain_tokens`, `clip_tokens`, `latent`,
+    /// `unrefined`, `blurry`, `refiner_in`, `refiner_context`, `refiner_vector`, `refiner_start`,
+    /// `refiner_latent`, `refined`, `final`.
+    Part {
+        /// Its name.
+        name: &'static str,
+        /// Its values; pictures are `[1, 3, height, width]` with intensities 0..1.
+        values: &'p ArrayD<f32>,
+    },
 }
 
-/// Wall time of each part.
+/// Tells somebody how far decoding is.
+pub(crate) struct Report<'r>(&'r mut dyn FnMut(Progress<'_>));
+
+impl Report<'_> {
+    pub(crate) fn tell(&mut self, progress: Progress<'_>) {
+        (self.0)(progress);
+    }
+
+    pub(crate) fn part(&mut self, name: &'static str, values: &ArrayD<f32>) {
+        self.tell(Progress::Part { name, values });
+    }
+}
+
+/// Wall time of each part, milliseconds; zero for what was not done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Timings {
-    /// Ridge and backbone, milliseconds.
+    /// Ridge and backbone.
     pub brain_ms: f64,
-    /// Blurry picture, milliseconds.
+    /// Blurry picture.
     pub blurry_ms: f64,
-    /// Diffusion prior, milliseconds.
+    /// Diffusion prior.
     pub prior_ms: f64,
-    /// unCLIP, milliseconds.
+    /// unCLIP.
     pub unclip_ms: f64,
-    /// Latent to picture, milliseconds.
+    /// Latent to picture.
     pub vae_ms: f64,
+    /// Bridge and captioner.
+    pub caption_ms: f64,
+    /// Text encoders, refiner and blend.
+    pub refiner_ms: f64,
+}
+
+impl Timings {
+    /// All of it.
+    #[must_use]
+    pub fn total_ms(&self) -> f64 {
+        self.brain_ms
+            + self.blurry_ms
+            + self.prior_ms
+            + self.unclip_ms
+            + self.vae_ms
+            + self.caption_ms
+            + self.refiner_ms
+    }
 }
 
 /// Everything decoded from one trial.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Reconstruction {
     /// Low-level picture; `None` where the bundle has no blurry head.
     pub blurry: Option<Picture>,
     /// The picture; `None` where the bundle has no unCLIP.
     pub picture: Option<Picture>,
+    /// What is in it, in words; `None` where the bundle has no captioner.
+    pub caption: Option<String>,
+    /// The picture refined and blended with the blurry one; `None` where the bundle has no refiner.
+    pub refined: Option<Picture>,
     /// Retrieval embedding `[token, dim]`; `None` where the backbone has none.
     pub retrieval: Option<Array2<f32>>,
-    /// Network calls of unCLIP.
+    /// Steps of unCLIP.
     pub steps: usize,
+    /// Steps of the refiner.
+    pub refiner_steps: usize,
     /// Wall times.
     pub timings: Timings,
 }
 
-/// The networks from CLIP tokens to a picture; a bundle has all of them or none.
-struct Painter {
-    prior: Stage,
-    prior_settings: PriorSettings,
-    unclip: Stage,
-    settings: UnclipSettings,
-    table: SigmaTable,
-    vae: Stage,
+/// A part of the way that a bundle has no networks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SwitchedOff {
+    /// What will not be there.
+    pub feature: &'static str,
+    /// The network that would make it.
+    pub lacks: StageName,
 }
 
 /// A bundle's networks, opened for one person.
@@ -156,6 +224,8 @@ pub struct Decoder {
     backbone: Stage,
     blurry: Option<(Stage, f32)>,
     painter: Option<Painter>,
+    narrator: Option<Narrator>,
+    refiner: Option<Refiner>,
     fidelity: Fidelity,
 }
 
@@ -181,11 +251,7 @@ impl Decoder {
         fidelity: Fidelity,
     ) -> Result<Decoder, DecodeError> {
         let manifest = bundle.manifest();
-        let Some(subject) = manifest
-            .subjects
-            .iter()
-            .find(|subject| subject.id == subject_id)
-        else {
+        let Some(subject) = manifest.subject(subject_id) else {
             let known: Vec<&str> = manifest
                 .subjects
                 .iter()
@@ -196,60 +262,63 @@ impl Decoder {
                 known: known.join(", "),
             });
         };
-        let open = |name: &str, spec: &bundle::Stage| {
-            Stage::open(runtime, bundle, spec).map_err(|source| DecodeError::Stage {
-                stage: name.into(),
+        let networks = Networks { runtime, bundle };
+        let ridge =
+            Stage::open(runtime, bundle, &subject.stage).map_err(|source| DecodeError::Stage {
+                stage: subject_id.into(),
                 source,
-            })
-        };
-        let stage = |name: StageName| {
-            manifest
-                .stages
-                .get(&name)
-                .map(|spec| open(name.as_str(), spec))
-                .transpose()
-        };
-        let missing = |missing: &'static str, needed_by: &'static str| DecodeError::Incomplete {
-            missing,
-            needed_by,
-        };
-        let backbone = stage(StageName::Backbone)?.ok_or(missing("backbone", "every picture"))?;
-        let blurry = match (stage(StageName::BlurryDecoder)?, manifest.blurry) {
+            })?;
+        let backbone = networks.need(StageName::Backbone, "every picture")?;
+        let blurry = match (networks.find(StageName::BlurryDecoder)?, manifest.blurry) {
             (Some(stage), Some(settings)) if backbone.spec().output("blurry_latent").is_some() => {
                 Some((stage, settings.latent_scale))
             }
             _ => None,
         };
-        let painter = match stage(StageName::Unclip)? {
-            None => None,
-            Some(unclip) => {
-                let settings = manifest
-                    .unclip
-                    .clone()
-                    .ok_or(missing("unclip settings", "unclip"))?;
-                let prior_settings = manifest
-                    .prior
-                    .clone()
-                    .ok_or(missing("prior settings", "unclip"))?;
-                Some(Painter {
-                    prior: stage(StageName::Prior)?.ok_or(missing("prior", "unclip"))?,
-                    prior_settings,
-                    unclip,
-                    table: SigmaTable::new(&settings.schedule),
-                    settings,
-                    vae: stage(StageName::VaeDecoder)?.ok_or(missing("vae_decoder", "unclip"))?,
-                })
-            }
-        };
+        let painter = Painter::open(networks)?;
+        // Captions and refinement begin with unCLIP's tokens and picture.
+        let painted = painter.is_some();
+        let narrator = painted
+            .then(|| Narrator::open(networks))
+            .transpose()?
+            .flatten();
+        let refiner = painted
+            .then(|| Refiner::open(networks, fidelity))
+            .transpose()?
+            .flatten();
         Ok(Decoder {
             subject_id: subject_id.into(),
-            voxels: usize::try_from(subject.voxels).unwrap_or(usize::MAX),
-            subject: open(subject_id, &subject.stage)?,
+            voxels: index(subject.voxels),
+            subject: ridge,
             backbone,
             blurry,
             painter,
+            narrator,
+            refiner,
             fidelity,
         })
+    }
+
+    /// What this bundle cannot show, and why.
+    #[must_use]
+    pub fn switched_off(&self) -> Vec<SwitchedOff> {
+        let parts = [
+            (
+                "blurry pictures",
+                StageName::BlurryDecoder,
+                self.blurry.is_some(),
+            ),
+            ("pictures", StageName::Unclip, self.painter.is_some()),
+            ("captions", StageName::Captioner, self.narrator.is_some()),
+            (
+                "refined pictures",
+                StageName::Refiner,
+                self.refiner.is_some(),
+            ),
+        ];
+        let off = parts.into_iter().filter(|(.., there)| !there);
+        off.map(|(feature, lacks, _)| SwitchedOff { feature, lacks })
+            .collect()
     }
 
     /// Voxels of this person's mask.
@@ -279,61 +348,112 @@ impl Decoder {
         key: NoiseKey,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<Reconstruction, DecodeError> {
+        let mut noise = KeyedNoise::new(key);
+        self.decode_with(
+            zbetas,
+            &mut |stream, shape| noise.draw(stream, shape),
+            progress,
+        )
+    }
+
+    /// As [`Self::decode`], with noise from elsewhere: parity checks give it what was recorded.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    pub fn decode_with(
+        &self,
+        zbetas: ArrayView2<'_, f32>,
+        draw: &mut Draw<'_>,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<Reconstruction, DecodeError> {
         self.check(zbetas)?;
-        let mut timings = Timings::default();
+        let report = &mut Report(progress);
+        let mut made = Reconstruction::default();
         let clock = Instant::now();
         let mut brain = self.brain(zbetas)?;
-        timings.brain_ms = millis(clock.elapsed());
+        made.timings.brain_ms = millis(clock.elapsed());
 
         let clock = Instant::now();
         let blurry = match (&self.blurry, brain.remove("blurry_latent")) {
             (Some((stage, scale)), Some(latent)) => {
-                let latent = latent / *scale;
-                Some(paint(stage, "blurry_decoder", &latent, Range::SYMMETRIC)?)
+                let picture = decoded(stage, "blurry_decoder", &latent, *scale, Range::SYMMETRIC)?;
+                report.part("blurry", &picture);
+                Some(picture)
             }
             _ => None,
         };
         if let Some(blurry) = &blurry {
-            progress(Progress::Blurry(blurry));
-            timings.blurry_ms = millis(clock.elapsed());
+            let shown = picture("blurry_decoder", blurry)?;
+            report.tell(Progress::Blurry(&shown));
+            made.blurry = Some(shown);
+            made.timings.blurry_ms = millis(clock.elapsed());
         }
-
-        let (mut picture, mut steps) = (None, 0);
+        let retrieval = brain
+            .remove("retrieval")
+            .map(|values| values.index_axis_move(Axis(0), 0));
+        made.retrieval = retrieval.and_then(|values| values.into_dimensionality().ok());
         if let (Some(painter), Some(tokens)) = (&self.painter, brain.remove("brain_tokens")) {
-            let clock = Instant::now();
-            let context = painter.prior(&tokens, key, progress)?;
-            timings.prior_ms = millis(clock.elapsed());
-            let clock = Instant::now();
-            let latent;
-            (latent, steps) = match self.fidelity {
-                Fidelity::Reference => painter.euler(&context, key, progress)?,
-                Fidelity::Edge => painter.lcm(&context, key, progress)?,
-            };
-            timings.unclip_ms = millis(clock.elapsed());
-            let clock = Instant::now();
-            let latent = latent / painter.settings.scale_factor;
-            let range = Range {
-                scale: painter.settings.image_scale,
-                shift: painter.settings.image_shift,
-            };
-            let painted = paint(&painter.vae, "vae_decoder", &latent, range)?;
-            timings.vae_ms = millis(clock.elapsed());
-            progress(Progress::Unrefined(&painted));
-            picture = Some(painted);
+            report.part("brain_tokens", &tokens);
+            self.paint(painter, &tokens, blurry.as_ref(), draw, report, &mut made)?;
         }
-        let retrieval = brain.remove("retrieval").and_then(|values| {
-            values
-                .index_axis_move(Axis(0), 0)
-                .into_dimensionality()
-                .ok()
-        });
-        Ok(Reconstruction {
-            blurry,
-            picture,
-            retrieval,
-            steps,
-            timings,
-        })
+        Ok(made)
+    }
+
+    /// Brain tokens to picture, caption and refined picture.
+    fn paint(
+        &self,
+        painter: &Painter,
+        tokens: &ArrayD<f32>,
+        blurry: Option<&ArrayD<f32>>,
+        draw: &mut Draw<'_>,
+        report: &mut Report<'_>,
+        made: &mut Reconstruction,
+    ) -> Result<(), DecodeError> {
+        let clock = Instant::now();
+        let context = painter.clip_tokens(tokens, self.fidelity, draw, report)?;
+        report.part("clip_tokens", &context);
+        made.timings.prior_ms = millis(clock.elapsed());
+
+        let clock = Instant::now();
+        let (latent, steps) = painter.latent(&context, self.fidelity, draw, report)?;
+        report.part("latent", &latent);
+        made.steps = steps;
+        made.timings.unclip_ms = millis(clock.elapsed());
+
+        let clock = Instant::now();
+        let unrefined = painter.picture(&latent)?;
+        report.part("unrefined", &unrefined);
+        let shown = picture("vae_decoder", &unrefined)?;
+        made.timings.vae_ms = millis(clock.elapsed());
+        report.tell(Progress::Unrefined(&shown));
+        made.picture = Some(shown);
+
+        if let Some(narrator) = &self.narrator {
+            let clock = Instant::now();
+            let caption = narrator.caption(&context)?;
+            made.timings.caption_ms = millis(clock.elapsed());
+            report.tell(Progress::Caption(&caption));
+            made.caption = Some(caption);
+        }
+        if let Some(refiner) = &self.refiner {
+            let clock = Instant::now();
+            let from = Unrefined {
+                picture: planes("vae_decoder", &unrefined)?,
+                latent: &latent,
+                scale_factor: painter.settings.scale_factor,
+            };
+            let prompt = made.caption.as_deref().unwrap_or_default();
+            let (refined, steps) = refiner.refine(from, prompt, self.fidelity, draw, report)?;
+            let refined = planes("refiner_vae_decoder", &refined)?;
+            let whole = refiner.blend(refined, blurry, self.fidelity).into_dyn();
+            report.part("final", &whole);
+            let shown = picture("refiner_vae_decoder", &whole)?;
+            made.refiner_steps = steps;
+            made.timings.refiner_ms = millis(clock.elapsed());
+            report.tell(Progress::Refined(&shown));
+            made.refined = Some(shown);
+        }
+        Ok(())
     }
 
     fn check(&self, zbetas: ArrayView2<'_, f32>) -> Result<(), DecodeError> {
@@ -387,213 +507,22 @@ impl Decoder {
     }
 }
 
-impl Painter {
-    /// CLIP image tokens `[1, token, dim]` from brain tokens of the same shape.
-    fn prior(
-        &self,
-        tokens: &ArrayD<f32>,
-        key: NoiseKey,
-        progress: &mut dyn FnMut(Progress<'_>),
-    ) -> Result<ArrayD<f32>, DecodeError> {
-        let shape = tokens.shape().to_vec();
-        let mut noise = Noise::new(key, Stream::Prior);
-        let start = noise.draw(&shape);
-        let (settings, keep) = (&self.prior_settings, scalar(1.0));
-        let of = prior_ddim::times(settings.timesteps, settings.sampling_steps).len();
-        let drop = scalar(0.0);
-        let mut call = |noised: &ArrayD<f32>, time: usize| {
-            let time = scalar(as_float(time));
-            let predict = |keep: &ArrayD<f32>| {
-                output(
-                    &self.prior,
-                    &[
-                        ("tokens_noised", noised),
-                        ("timestep", &time),
-                        ("brain_tokens", tokens),
-                        ("keep", keep),
-                    ],
-                    "pred",
-                )
-            };
-            let with = predict(&keep)?;
-            #[expect(clippy::float_cmp, reason = "exactly 1 means no second call")]
-            if settings.cond_scale == 1.0 {
-                return Ok(with);
-            }
-            let without = predict(&drop)?;
-            Ok(&without + &((with - &without) * settings.cond_scale))
-        };
-        prior_ddim::sample(
-            settings,
-            start,
-            &mut call,
-            &mut || noise.draw(&shape),
-            &mut |step, _| {
-                progress(Progress::Step {
-                    sampler: "prior",
-                    step: step + 1,
-                    of,
-                })
-            },
-        )
-        .map_err(|source| DecodeError::Sampler {
-            network: "prior",
-            source,
-        })
-    }
-
-    fn shape(&self) -> [usize; 4] {
-        let len = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
-        let settings = &self.settings;
-        [
-            1,
-            len(settings.latent_channels),
-            len(settings.latent_height),
-            len(settings.latent_width),
-        ]
-    }
-
-    fn vector(&self) -> ArrayD<f32> {
-        let values = self.settings.vector.clone();
-        ArrayD::from_shape_vec(IxDyn(&[1, values.len()]), values).unwrap_or_default()
-    }
-
-    fn euler(
-        &self,
-        context: &ArrayD<f32>,
-        key: NoiseKey,
-        progress: &mut dyn FnMut(Progress<'_>),
-    ) -> Result<(ArrayD<f32>, usize), DecodeError> {
-        let mut noise = Noise::new(key, Stream::Unclip);
-        // The original's order of draws.
-        let z = noise.draw(&self.shape());
-        let uncond = noise.draw(context.shape());
-        let start = euler_edm::Start {
-            z,
-            noise: noise.draw(&self.shape()),
-            offset: noise.draw(&[1]),
-            offset_level: self.settings.offset_noise,
-        };
-        let of = self.settings.steps as usize;
-        let vector = self.vector();
-        let latent = euler_edm::sample(
-            &self.table,
-            of,
-            GuidanceScale(self.settings.guidance),
-            &start,
-            &mut |latent, time| self.eps(latent, time, context, &vector),
-            &mut |latent, time| self.eps(latent, time, &uncond, &vector),
-            &mut |step, _| {
-                progress(Progress::Step {
-                    sampler: "unclip",
-                    step: step + 1,
-                    of,
-                })
-            },
-        )
-        .map_err(|source| DecodeError::Sampler {
-            network: "unclip",
-            source,
-        })?;
-        Ok((latent, of))
-    }
-
-    fn lcm(
-        &self,
-        context: &ArrayD<f32>,
-        key: NoiseKey,
-        progress: &mut dyn FnMut(Progress<'_>),
-    ) -> Result<(ArrayD<f32>, usize), DecodeError> {
-        let of = self.settings.edge.steps as usize;
-        let vector = self.vector();
-        let shape = self.shape();
-        let mut fresh = Noise::new(key, Stream::UnclipSteps);
-        let failed = |source| DecodeError::Sampler {
-            network: "unclip",
-            source,
-        };
-        let times = spacing::distilled(self.table.sigmas().len(), of, 1.0).map_err(failed)?;
-        let latent = lcm::sample(
-            &self.table,
-            &times,
-            Noise::new(key, Stream::Unclip).draw(&shape),
-            &mut |latent, time| self.eps(latent, time, context, &vector),
-            &mut || fresh.draw(&shape),
-            &mut |step, _| {
-                progress(Progress::Step {
-                    sampler: "unclip",
-                    step: step + 1,
-                    of,
-                })
-            },
-        )
-        .map_err(|source| DecodeError::Sampler {
-            network: "unclip",
-            source,
-        })?;
-        Ok((latent, of))
-    }
-
-    fn eps(
-        &self,
-        latent: &ArrayD<f32>,
-        time: usize,
-        context: &ArrayD<f32>,
-        vector: &ArrayD<f32>,
-    ) -> Result<ArrayD<f32>, StageError> {
-        let time = scalar(as_float(time));
-        let inputs = [
-            ("latent", latent),
-            ("timestep", &time),
-            ("context", context),
-            ("vector", vector),
-        ];
-        output(&self.unclip, &inputs, "eps")
-    }
+/// A picture to show; what lies outside 0..1 is clipped.
+fn picture(stage: &'static str, values: &ArrayD<f32>) -> Result<Picture, DecodeError> {
+    Picture::from_raw(values.view(), Range::UNIT)
+        .map_err(|source| DecodeError::Picture { stage, source })
 }
 
-/// One output of a network.
-fn output(
-    stage: &Stage,
-    inputs: &[(&str, &ArrayD<f32>)],
-    name: &str,
-) -> Result<ArrayD<f32>, StageError> {
-    let views: Vec<_> = inputs
-        .iter()
-        .map(|(name, values)| (*name, values.view()))
-        .collect();
-    let mut outputs = stage.run(&views)?;
-    outputs.remove(name).ok_or_else(|| StageError::Interface {
-        path: stage.spec().graph.clone().into(),
-        expected: format!("output {name}"),
-        found: "none of that name".into(),
+fn planes<'v>(
+    stage: &'static str,
+    values: &'v ArrayD<f32>,
+) -> Result<ArrayView4<'v, f32>, DecodeError> {
+    let found = || values.shape().to_vec();
+    let view = values.view().into_dimensionality::<Ix4>();
+    view.map_err(|_| DecodeError::Axes {
+        stage,
+        found: found(),
     })
-}
-
-fn paint(
-    stage: &Stage,
-    name: &'static str,
-    latent: &ArrayD<f32>,
-    range: Range,
-) -> Result<Picture, DecodeError> {
-    let image =
-        output(stage, &[("latent", latent)], "image").map_err(|source| DecodeError::Stage {
-            stage: name.into(),
-            source,
-        })?;
-    Picture::from_raw(image.view(), range).map_err(|source| DecodeError::Picture {
-        stage: name,
-        source,
-    })
-}
-
-fn scalar(value: f32) -> ArrayD<f32> {
-    ArrayD::from_elem(IxDyn(&[1]), value)
-}
-
-#[expect(clippy::cast_precision_loss, reason = "timesteps are far below 2^24")]
-fn as_float(time: usize) -> f32 {
-    time as f32
 }
 
 fn millis(time: Duration) -> f64 {

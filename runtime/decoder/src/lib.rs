@@ -5,8 +5,10 @@
 //!   ridge, backbone, mean over repetitions
 //!     → brain tokens [token, dim], retrieval embedding, blurry latent → blurry picture
 //!   diffusion prior (DDIM)          → CLIP image tokens [token, dim]
-//!   unCLIP (Euler EDM | LCM)        → latent [channel, height, width]
+//!   unCLIP (Euler EDM | few steps)  → latent [channel, height, width]
 //!   VAE decoder                     → picture
+//!   bridge, captioner               → caption
+//!   refiner, prompted by it; blend  → final picture
 //! ```
 //!
 //! [`Decoder`] is the whole way; [`sampler`] holds one sampler per file, each a plain function
@@ -16,8 +18,12 @@
 pub mod caption;
 pub mod conditioning;
 mod decode;
+mod narrator;
+mod networks;
 mod noise;
+mod painter;
 mod picture;
+mod refiner;
 pub mod resize;
 pub mod retrieval;
 pub mod runtime;
@@ -25,8 +31,8 @@ pub mod sampler;
 mod stage;
 pub mod vision;
 
-pub use decode::{DecodeError, Decoder, Fidelity, Progress, Reconstruction, Timings};
-pub use noise::{Noise, NoiseKey, Stream, Tier};
+pub use decode::{DecodeError, Decoder, Fidelity, Progress, Reconstruction, SwitchedOff, Timings};
+pub use noise::{Draw, KeyedNoise, Noise, NoiseKey, Stream, Tier};
 pub use picture::{Picture, PictureError, Range};
 pub use runtime::{Runtime, RuntimeError};
 pub use sampler::SamplerError;

@@ -5,6 +5,8 @@
 //! same `libm` on every machine. The same key gives the same bits everywhere, whatever was drawn
 //! before for other purposes.
 
+use std::collections::BTreeMap;
+
 use ndarray::{ArrayD, IxDyn};
 use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -47,7 +49,7 @@ pub struct NoiseKey {
 }
 
 /// What a sequence of noise is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stream {
     /// The diffusion prior.
     Prior,
@@ -55,6 +57,10 @@ pub enum Stream {
     Unclip,
     /// Noise between unCLIP's steps.
     UnclipSteps,
+    /// The refiner: its encoder's sample, then its starting point.
+    Refiner,
+    /// Noise between the refiner's steps.
+    RefinerSteps,
 }
 
 impl Stream {
@@ -63,6 +69,8 @@ impl Stream {
             Stream::Prior => b"prior",
             Stream::Unclip => b"unclip",
             Stream::UnclipSteps => b"unclip-steps",
+            Stream::Refiner => b"refiner",
+            Stream::RefinerSteps => b"refiner-steps",
         }
     }
 }
@@ -116,6 +124,34 @@ impl Noise {
     #[expect(clippy::cast_precision_loss, reason = "53 bits are exact in f64")]
     fn uniform(&mut self) -> f64 {
         ((self.generator.next_u64() >> 11) + 1) as f64 / (1_u64 << 53) as f64
+    }
+}
+
+/// Draws standard normal numbers for one purpose, row-major in the given shape.
+pub type Draw<'d> = dyn FnMut(Stream, &[usize]) -> ArrayD<f32> + 'd;
+
+/// All sequences of one key, each begun when it is first needed.
+#[derive(Clone, Debug)]
+pub struct KeyedNoise {
+    key: NoiseKey,
+    streams: BTreeMap<Stream, Noise>,
+}
+
+impl KeyedNoise {
+    /// The sequences of a key.
+    #[must_use]
+    pub fn new(key: NoiseKey) -> KeyedNoise {
+        KeyedNoise {
+            key,
+            streams: BTreeMap::new(),
+        }
+    }
+
+    /// The next numbers for one purpose.
+    pub fn draw(&mut self, stream: Stream, shape: &[usize]) -> ArrayD<f32> {
+        let key = self.key;
+        let noise = self.streams.entry(stream);
+        noise.or_insert_with(|| Noise::new(key, stream)).draw(shape)
     }
 }
 

@@ -18,6 +18,12 @@ impl Range {
         shift: 0.5,
     };
 
+    /// As it is, for what lies in 0..1 already.
+    pub const UNIT: Range = Range {
+        scale: 1.0,
+        shift: 0.0,
+    };
+
     /// One value's intensity, 0..=1.
     #[must_use]
     pub fn apply(self, value: f32) -> f32 {

@@ -118,7 +118,14 @@ fn every_recorded_run_is_followed_step_by_step() {
             "EulerDiscreteScheduler" => {
                 euler::sample(table, &times, start, &mut network, &mut watch)
             }
-            "DDIMScheduler" => ddim::sample(table, &times, start, &mut network, &mut watch),
+            "DDIMScheduler" => ddim::sample(
+                table,
+                &times,
+                1000 / times.len(),
+                start,
+                &mut network,
+                &mut watch,
+            ),
             other => panic!("{name}: no sampler for {other}"),
         }
         .unwrap();

@@ -35,11 +35,13 @@ pub enum Kind {
     Blurry,
     /// The diffusion model's picture, before refinement.
     Unrefined,
+    /// The refined picture, blended with the low-level one.
+    Refined,
 }
 
 impl Kind {
     /// Every kind, coarsest first.
-    pub const ALL: [Kind; 2] = [Kind::Blurry, Kind::Unrefined];
+    pub const ALL: [Kind; 3] = [Kind::Blurry, Kind::Unrefined, Kind::Refined];
 
     /// The name in addresses and JSON.
     #[must_use]
@@ -47,6 +49,7 @@ impl Kind {
         match self {
             Kind::Blurry => "blurry",
             Kind::Unrefined => "unrefined",
+            Kind::Refined => "refined",
         }
     }
 
@@ -203,6 +206,7 @@ pub(crate) struct Entry {
 #[derive(Default)]
 pub(crate) struct Trial {
     pub(crate) stimulus_at_ms: Option<u64>,
+    pub(crate) caption: Option<String>,
     pub(crate) pictures: BTreeMap<Kind, Entry>,
 }
 
@@ -432,6 +436,16 @@ impl Board {
             state.drop_oldest();
             Ok(())
         })
+    }
+
+    /// Describes the pictures of a trial that is on the board; of another one there is nothing to
+    /// describe. The words come from the decoder, never from the stimulus.
+    pub fn caption(&self, run: u32, trial: u32, text: String) {
+        let text = clip(text);
+        self.change(|state| match state.trials.get_mut(&(run, trial)) {
+            Some(place) => place.caption = Some(text),
+            None => tracing::debug!(run, trial, "caption of a trial without pictures not shown"),
+        });
     }
 
     /// Keeps a sentence for the operator.

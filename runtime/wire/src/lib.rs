@@ -17,6 +17,6 @@ mod message;
 
 pub use frame::{FrameError, MAX_FRAME_BYTES, read, read_bytes, write, write_bytes};
 pub use message::{
-    FromAcquire, FromDecode, Hello, PROTOCOL, ParseReply, PictureKind, PictureMessage, RoleName,
-    SessionMessage, TrialMessage, VolumeMessage,
+    CaptionMessage, FromAcquire, FromDecode, Hello, PROTOCOL, ParseReply, PictureKind,
+    PictureMessage, RoleName, SessionMessage, TrialMessage, VolumeMessage,
 };

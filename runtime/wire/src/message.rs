@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// Changes whenever a message does; processes of different versions refuse each other.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// A role of the appliance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -176,11 +176,26 @@ pub enum FromDecode {
     },
     /// A picture is ready.
     Picture(PictureMessage),
+    /// A trial's picture is described in words.
+    Caption(CaptionMessage),
     /// A trial could not be decoded, as a sentence.
     Fault {
         /// The sentence.
         text: String,
     },
+}
+
+/// What the captioner says is in a trial's picture: read from the brain, not from the stimulus.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaptionMessage {
+    /// The session it belongs to.
+    pub session: String,
+    /// Run, from 1.
+    pub run: u32,
+    /// Trial, from 1.
+    pub trial: u32,
+    /// The words.
+    pub text: String,
 }
 
 /// Which of a trial's pictures.
@@ -191,15 +206,25 @@ pub enum PictureKind {
     Blurry,
     /// Before refinement.
     Unrefined,
+    /// Refined, and blended with the low-level picture.
+    Refined,
 }
 
 impl PictureKind {
+    /// Every kind, in the order they are made.
+    pub const ALL: [PictureKind; 3] = [
+        PictureKind::Blurry,
+        PictureKind::Unrefined,
+        PictureKind::Refined,
+    ];
+
     /// The name in files and addresses.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
             PictureKind::Blurry => "blurry",
             PictureKind::Unrefined => "unrefined",
+            PictureKind::Refined => "refined",
         }
     }
 }

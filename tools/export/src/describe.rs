@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 
-use bundle::{BlurrySettings, EdgeSettings, EdmSchedule, PriorSettings, StageName, UnclipSettings};
+use bundle::{
+    BlurrySettings, EdgeSettings, EdmSchedule, PriorSettings, RefinerEdgeSettings, RefinerSettings,
+    StageName, UnclipSettings,
+};
 
 use crate::export::{ExportError, Opened, Place, Planned};
 use crate::graph::Graph;
-use crate::plan::Plan;
+use crate::plan::{ModelSettings, Plan};
 use crate::section::{Problem, Section};
 use crate::stages::{autoencoder, backbone, bridge, captioner, prior, subject, text, unet, vision};
 
@@ -30,6 +33,8 @@ pub(crate) struct Description<'c> {
     pub(crate) prior: Option<PriorSettings>,
     /// Constants of unCLIP.
     pub(crate) unclip: Option<UnclipSettings>,
+    /// Constants of the refiner.
+    pub(crate) refiner: Option<RefinerSettings>,
 }
 
 /// Builds every graph; fails with all problems of all checkpoints at once.
@@ -49,6 +54,7 @@ pub(crate) fn describe<'c>(
             blurry: None,
             prior: None,
             unclip: None,
+            refiner: None,
         },
     };
     for source in opened {
@@ -170,6 +176,7 @@ impl<'c> Builder<'_, 'c> {
             dim,
             timesteps,
             sampling_steps: settings.prior_steps,
+            edge_steps: settings.prior_edge_steps,
             eta: settings.prior_eta,
             cond_scale: settings.prior_cond_scale,
             tables,
@@ -222,15 +229,13 @@ impl<'c> Builder<'_, 'c> {
                 &settings.vector_values,
                 settings.vector_embed_dim,
             ),
-            schedule: EdmSchedule {
-                linear_start: settings.linear_start,
-                linear_end: settings.linear_end,
-                steps: settings.schedule_steps,
-            },
+            schedule: schedule(settings),
             image_scale: settings.image_scale,
             image_shift: settings.image_shift,
             edge: EdgeSettings {
+                sampler: settings.edge_sampler,
                 steps: settings.edge_steps,
+                eta: settings.edge_eta,
             },
         });
         self.add(StageName::Unclip, graph);
@@ -282,6 +287,8 @@ impl<'c> Builder<'_, 'c> {
             tokens,
         };
         let graph = unet::build("refiner", &s, options, precision);
+        let channels = unet::latent_channels(&s);
+        self.description.refiner = Some(refiner_settings(settings, channels));
         self.add(StageName::TextEncoder1, first);
         self.add(StageName::TextEncoder2, second);
         self.add(StageName::Refiner, graph);
@@ -371,5 +378,43 @@ impl<'c> Builder<'_, 'c> {
         Err(ExportError::Problems {
             problems: self.problems,
         })
+    }
+}
+
+fn schedule(settings: &ModelSettings) -> EdmSchedule {
+    EdmSchedule {
+        linear_start: settings.linear_start,
+        linear_end: settings.linear_end,
+        steps: settings.schedule_steps,
+    }
+}
+
+fn refiner_settings(settings: &ModelSettings, latent_channels: u64) -> RefinerSettings {
+    let [latent_height, latent_width] = settings.refiner_latent_hw;
+    RefinerSettings {
+        latent_channels,
+        latent_height,
+        latent_width,
+        scale_factor: settings.scale_factor,
+        guidance: settings.guidance,
+        steps: settings.refiner_steps,
+        entrance: settings.refiner_entrance,
+        schedule: schedule(settings),
+        sizes: settings.refiner_sizes.clone(),
+        negative_prompt: settings.negative_prompt.clone(),
+        // The SDXL base decodes to -1..1.
+        image_scale: 0.5,
+        image_shift: 0.5,
+        side: settings.blend_side,
+        blend: settings.blend,
+        edge: RefinerEdgeSettings {
+            sampler: EdgeSettings {
+                sampler: settings.refiner_edge_sampler,
+                steps: settings.refiner_edge_steps,
+                eta: settings.edge_eta,
+            },
+            entrance: settings.refiner_edge_entrance,
+            keep_latent: settings.refiner_keep_latent,
+        },
     }
 }

@@ -12,7 +12,8 @@ mod settings;
 mod stage;
 
 pub use settings::{
-    BlurrySettings, EdgeSettings, EdmSchedule, PriorSettings, PriorTables, UnclipSettings,
+    BlurrySettings, EdgeSettings, EdmSchedule, Entrance, FewStepSampler, PriorSettings,
+    PriorTables, RefinerEdgeSettings, RefinerSettings, UnclipSettings,
 };
 pub use stage::{DType, Dim, Stage, StageName, TensorSpec};
 
@@ -51,6 +52,9 @@ pub struct Manifest {
     /// Constants of the unCLIP sampler.
     #[serde(default)]
     pub unclip: Option<UnclipSettings>,
+    /// Constants of the refiner.
+    #[serde(default)]
+    pub refiner: Option<RefinerSettings>,
     /// The checkpoints this bundle was made from.
     pub sources: Vec<Source>,
     /// Licences of the weights, as the exporter was told.
@@ -258,6 +262,9 @@ impl Manifest {
         }
         if let Some(unclip) = &self.unclip {
             unclip.validate()?;
+        }
+        if let Some(refiner) = &self.refiner {
+            refiner.validate()?;
         }
         Ok(())
     }

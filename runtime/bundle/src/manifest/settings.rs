@@ -4,6 +4,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{MAX_TABLE, ManifestError, field_error, positive};
 
+/// Consistency models are distilled on a schedule of 50 steps.
+const MAX_EDGE_STEPS: u32 = 50;
+const MAX_SIZES: usize = 64;
+const MAX_PROMPT_BYTES: usize = 4096;
+
 /// Constants of the blurry picture.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -22,8 +27,10 @@ pub struct PriorSettings {
     pub dim: u64,
     /// Training timesteps, the length of each table.
     pub timesteps: u32,
-    /// Sampling steps of the `reference` fidelity.
+    /// Sampling steps of the `reference` fidelity; the original counts one more than it calls.
     pub sampling_steps: u32,
+    /// Sampling steps of the `edge` fidelity, counted the same way.
+    pub edge_steps: u32,
     /// DDIM noise share, 1 in the original.
     pub eta: f32,
     /// Condition weight, 1 in the original.
@@ -117,11 +124,101 @@ pub struct EdmSchedule {
 }
 
 /// The few-step sampler of the `edge` fidelity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EdgeSettings {
-    /// LCM steps.
+    /// The method the weights were distilled for.
+    pub sampler: FewStepSampler,
+    /// Steps of its schedule, 1 to 50.
     pub steps: u32,
+    /// Share of fresh noise in [`FewStepSampler::Tcd`], 0 to 1; the others take none.
+    pub eta: f32,
+}
+
+/// How a distilled network is sampled in a few calls, without a guidance pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FewStepSampler {
+    /// Latent consistency.
+    Lcm,
+    /// Trajectory consistency.
+    Tcd,
+    /// Euler's method from the noisiest timestep: Lightning, Turbo, Hyper.
+    EulerTrailing,
+    /// DDIM from the noisiest timestep.
+    DdimTrailing,
+}
+
+impl FewStepSampler {
+    /// The name in manifests, recipes and reports.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            FewStepSampler::Lcm => "lcm",
+            FewStepSampler::Tcd => "tcd",
+            FewStepSampler::EulerTrailing => "euler_trailing",
+            FewStepSampler::DdimTrailing => "ddim_trailing",
+        }
+    }
+}
+
+/// Where an image-to-image run enters its schedule.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Entrance {
+    /// By the share of the schedule that is run, above 0 and at most 1.
+    Strength(f32),
+    /// By step: so many entries of the schedule's end are kept. The `reference` schedule counts
+    /// its closing zero: 13 kept of 25 are 12 steps.
+    Kept(u32),
+}
+
+/// Constants of the refiner: image to image with the caption as prompt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RefinerSettings {
+    /// Latent channels.
+    pub latent_channels: u64,
+    /// Latent rows.
+    pub latent_height: u64,
+    /// Latent columns.
+    pub latent_width: u64,
+    /// Latents are divided by this before decoding.
+    pub scale_factor: f32,
+    /// Weight of the prompt in the `reference` fidelity.
+    pub guidance: f32,
+    /// Euler steps of the whole schedule in the `reference` fidelity.
+    pub steps: u32,
+    /// Where the `reference` fidelity enters it.
+    pub entrance: Entrance,
+    /// Noise levels.
+    pub schedule: EdmSchedule,
+    /// Picture size, crop and target size, whose sinusoids follow the pooled text in the vector.
+    pub sizes: Vec<f32>,
+    /// What the picture must not be like.
+    pub negative_prompt: String,
+    /// Picture = clamp(`image_scale` * decoded + `image_shift`, 0, 1).
+    pub image_scale: f32,
+    /// See `image_scale`.
+    pub image_shift: f32,
+    /// Side that pictures are brought to before refining and for blending, pixels.
+    pub side: u64,
+    /// Share of the refined picture in the final one; the rest is the blurry picture.
+    pub blend: f32,
+    /// The few-step fidelity.
+    pub edge: RefinerEdgeSettings,
+}
+
+/// The refiner in the `edge` fidelity.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RefinerEdgeSettings {
+    /// Method and steps.
+    pub sampler: EdgeSettings,
+    /// Where the schedule is entered.
+    pub entrance: Entrance,
+    /// unCLIP's latent goes to the refiner as it is, without becoming a picture in between.
+    pub keep_latent: bool,
 }
 
 impl PriorSettings {
@@ -134,12 +231,15 @@ impl PriorSettings {
                 self.timesteps,
             ));
         }
-        if !(1..=self.timesteps).contains(&self.sampling_steps) {
-            return Err(field_error(
-                "prior.sampling_steps",
-                format!("1..={}", self.timesteps),
-                self.sampling_steps,
-            ));
+        for (name, steps) in [
+            ("sampling_steps", self.sampling_steps),
+            ("edge_steps", self.edge_steps),
+        ] {
+            // The first of the original's steps makes no call.
+            if !(2..=self.timesteps).contains(&steps) {
+                let expected = format!("2..={}", self.timesteps);
+                return Err(field_error(format!("prior.{name}"), expected, steps));
+            }
         }
         for (name, table) in self.tables.named() {
             if table.len() != expected {
@@ -204,33 +304,126 @@ impl UnclipSettings {
                 self.vector.len(),
             ));
         }
-        let schedule = &self.schedule;
-        let ordered = schedule.linear_start > 0.0
-            && schedule.linear_end > schedule.linear_start
-            && schedule.linear_end < 1.0;
+        self.schedule.validate("unclip.schedule")?;
+        check_steps("unclip.steps", self.steps, &self.schedule)?;
+        self.edge.validate("unclip.edge")?;
+        Ok(())
+    }
+}
+
+impl EdmSchedule {
+    fn validate(&self, field: &str) -> Result<(), ManifestError> {
+        let ordered =
+            self.linear_start > 0.0 && self.linear_end > self.linear_start && self.linear_end < 1.0;
         if !ordered {
             return Err(field_error(
-                "unclip.schedule",
+                field,
                 "0 < linear_start < linear_end < 1",
-                format!("{} and {}", schedule.linear_start, schedule.linear_end),
+                format!("{} and {}", self.linear_start, self.linear_end),
             ));
         }
-        if !(2..=100_000).contains(&schedule.steps) {
+        if !(2..=100_000).contains(&self.steps) {
             return Err(field_error(
-                "unclip.schedule.steps",
+                format!("{field}.steps"),
                 "2..=100000",
-                schedule.steps,
+                self.steps,
             ));
         }
-        for (name, value) in [("steps", self.steps), ("edge.steps", self.edge.steps)] {
-            if !(1..=schedule.steps).contains(&value) {
+        Ok(())
+    }
+}
+
+fn check_steps(field: &str, steps: u32, schedule: &EdmSchedule) -> Result<(), ManifestError> {
+    if (1..=schedule.steps).contains(&steps) {
+        return Ok(());
+    }
+    Err(field_error(field, format!("1..={}", schedule.steps), steps))
+}
+
+impl EdgeSettings {
+    fn validate(&self, field: &str) -> Result<(), ManifestError> {
+        if !(1..=MAX_EDGE_STEPS).contains(&self.steps) {
+            let expected = format!("1..={MAX_EDGE_STEPS}");
+            return Err(field_error(format!("{field}.steps"), expected, self.steps));
+        }
+        if !(0.0..=1.0).contains(&self.eta) {
+            return Err(field_error(format!("{field}.eta"), "0 to 1", self.eta));
+        }
+        Ok(())
+    }
+}
+
+impl Entrance {
+    /// - `entries`: of the schedule.
+    /// - `least`: entries that must be kept.
+    fn validate(self, field: &str, entries: u32, least: u32) -> Result<(), ManifestError> {
+        match self {
+            Entrance::Strength(share) if share > 0.0 && share <= 1.0 => Ok(()),
+            Entrance::Strength(share) => Err(field_error(
+                format!("{field}.strength"),
+                "above 0, at most 1",
+                share,
+            )),
+            Entrance::Kept(kept) if (least..=entries).contains(&kept) => Ok(()),
+            Entrance::Kept(kept) => Err(field_error(
+                format!("{field}.kept"),
+                format!("{least}..={entries}"),
+                kept,
+            )),
+        }
+    }
+}
+
+impl RefinerSettings {
+    pub(super) fn validate(&self) -> Result<(), ManifestError> {
+        for (name, value) in [
+            ("latent_channels", self.latent_channels),
+            ("latent_height", self.latent_height),
+            ("latent_width", self.latent_width),
+            ("side", self.side),
+        ] {
+            if !(1..=4096).contains(&value) {
+                return Err(field_error(format!("refiner.{name}"), "1..=4096", value));
+            }
+        }
+        positive("refiner.scale_factor", self.scale_factor)?;
+        let numbers = [
+            ("guidance", self.guidance),
+            ("image_scale", self.image_scale),
+            ("image_shift", self.image_shift),
+        ];
+        for (name, value) in numbers {
+            if !value.is_finite() {
                 return Err(field_error(
-                    format!("unclip.{name}"),
-                    format!("1..={}", schedule.steps),
+                    format!("refiner.{name}"),
+                    "a finite number",
                     value,
                 ));
             }
         }
-        Ok(())
+        if !(0.0..=1.0).contains(&self.blend) {
+            return Err(field_error("refiner.blend", "0 to 1", self.blend));
+        }
+        let few = self.sizes.len() <= MAX_SIZES;
+        if !few || self.sizes.iter().any(|value| !value.is_finite()) {
+            let expected = format!("at most {MAX_SIZES} finite values");
+            return Err(field_error("refiner.sizes", expected, self.sizes.len()));
+        }
+        if self.negative_prompt.len() > MAX_PROMPT_BYTES {
+            let expected = format!("at most {MAX_PROMPT_BYTES} bytes");
+            return Err(field_error(
+                "refiner.negative_prompt",
+                expected,
+                self.negative_prompt.len(),
+            ));
+        }
+        self.schedule.validate("refiner.schedule")?;
+        check_steps("refiner.steps", self.steps, &self.schedule)?;
+        self.entrance
+            .validate("refiner.entrance", self.steps + 1, 2)?;
+        let edge = &self.edge;
+        edge.sampler.validate("refiner.edge.sampler")?;
+        edge.entrance
+            .validate("refiner.edge.entrance", edge.sampler.steps, 1)
     }
 }

@@ -8,6 +8,8 @@ use super::{Network, SamplerError, SigmaTable, Watch, call, narrow};
 /// Draws a latent.
 ///
 /// - `times`: timesteps, descending, from [`super::spacing`].
+/// - `stride`: timesteps from one step to the next: the schedule's length over the steps of the
+///   whole run, also where the first of them are left out.
 /// - `start`: `[batch, channel, height, width]`, standard normal.
 /// - `network`: latent and timestep to predicted noise.
 ///
@@ -18,11 +20,11 @@ use super::{Network, SamplerError, SigmaTable, Watch, call, narrow};
 pub fn sample(
     table: &SigmaTable,
     times: &[usize],
+    stride: usize,
     start: ArrayD<f32>,
     network: &mut Network<'_>,
     watch: &mut Watch<'_>,
 ) -> Result<ArrayD<f32>, SamplerError> {
-    let stride = table.sigmas().len() / times.len().max(1);
     let mut latent = start;
     for (step, &time) in times.iter().enumerate() {
         let alpha = table.alpha(time)?;

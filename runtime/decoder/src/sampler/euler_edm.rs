@@ -7,6 +7,7 @@
 //! The denoiser snaps a level to the table, scales its input by `1 / sqrt(sigma² + 1)` and gives
 //! the table's index to the network as timestep.
 
+use bundle::Entrance;
 use ndarray::{ArrayD, Axis};
 
 use super::{GuidanceScale, Network, SamplerError, Sigma, SigmaTable, Watch, call};
@@ -92,14 +93,23 @@ pub fn sample(
     )
 }
 
-/// The levels of an image-to-image run: the last `kept` of a run of `steps`, with the closing zero.
+/// The levels of an image-to-image run, with the closing zero.
 ///
-/// MindEye2's refiner keeps 13 of 25, which are 12 steps.
+/// MindEye2's refiner keeps 13 of a run of 25, which are 12 steps. A share of the schedule means
+/// what sgm's `Img2ImgDiscretizationWrapper` means by `strength`.
 ///
 /// # Errors
 /// [`SamplerError::Steps`] where fewer than two levels are kept or more than there are.
-pub fn entered(table: &SigmaTable, steps: usize, kept: usize) -> Result<Vec<Sigma>, SamplerError> {
+pub fn entered(
+    table: &SigmaTable,
+    steps: usize,
+    entrance: Entrance,
+) -> Result<Vec<Sigma>, SamplerError> {
     let limit = table.sigmas().len();
+    let kept = match entrance {
+        Entrance::Kept(kept) => kept as usize,
+        Entrance::Strength(share) => share_of(steps + 1, share),
+    };
     if steps == 0 || steps > limit || kept < 2 || kept > steps + 1 {
         return Err(SamplerError::Steps {
             steps: kept,
@@ -107,6 +117,17 @@ pub fn entered(table: &SigmaTable, steps: usize, kept: usize) -> Result<Vec<Sigm
         });
     }
     Ok(table.descending(steps).split_off(steps + 1 - kept))
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "levels are at most 100,001, and the manifest's shares are positive"
+)]
+fn share_of(levels: usize, share: f32) -> usize {
+    // One level is the closing zero alone: no step. sgm would return the picture as it is.
+    ((f64::from(share) * levels as f64) as usize).min(levels)
 }
 
 /// Draws a latent that begins as a picture's: noised to the first level, then followed down.

@@ -9,10 +9,13 @@
 //! | [`tcd::sample`] | unCLIP | 1 to 50 | Zheng et al. 2024, arXiv:2402.19159; diffusers 0.31 |
 //! | [`euler::sample`] | unCLIP | few | `EulerDiscreteScheduler` of diffusers 0.31 |
 //! | [`ddim::sample`] | unCLIP | few | `DDIMScheduler` of diffusers 0.31 |
+//!
+//! [`few_step::sample`] chooses among the last four, for pictures from noise or from a picture.
 
 pub mod ddim;
 pub mod euler;
 pub mod euler_edm;
+pub mod few_step;
 pub mod lcm;
 pub mod prior_ddim;
 pub mod prior_ddpm;

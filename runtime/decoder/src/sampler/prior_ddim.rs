@@ -47,6 +47,7 @@ pub fn times(timesteps: u32, steps: u32) -> Vec<usize> {
 
 /// Draws clean tokens.
 ///
+/// - `steps`: sampling steps as the original counts them, one of the two the settings hold.
 /// - `start`: `[batch, token, dim]`, standard normal.
 /// - `network`: tokens and timestep to predicted clean tokens.
 /// - `noise`: drawn at every step but the last, in order.
@@ -58,6 +59,7 @@ pub fn times(timesteps: u32, steps: u32) -> Vec<usize> {
 /// [`SamplerError`] where the network fails or there are no steps.
 pub fn sample(
     settings: &PriorSettings,
+    steps: u32,
     start: ArrayD<f32>,
     network: &mut Network<'_>,
     noise: &mut NoiseSource<'_>,
@@ -65,10 +67,10 @@ pub fn sample(
 ) -> Result<ArrayD<f32>, SamplerError> {
     let tables = &settings.tables;
     let limit = tables.alphas_cumprod_prev.len();
-    let times = times(settings.timesteps, settings.sampling_steps);
+    let times = times(settings.timesteps, steps);
     if times.is_empty() || times.iter().any(|&time| time >= limit) {
         return Err(SamplerError::Steps {
-            steps: settings.sampling_steps as usize,
+            steps: steps as usize,
             limit,
         });
     }

@@ -31,6 +31,8 @@ pub(super) struct TrialView {
     run: u32,
     trial: u32,
     stimulus_at_ms: Option<u64>,
+    /// What the decoder says is in the picture.
+    caption: Option<String>,
     kinds: Vec<PictureView>,
 }
 
@@ -137,6 +139,7 @@ fn trial_view(board: &Board, (run, trial): (u32, u32), content: &Trial) -> Trial
         run,
         trial,
         stimulus_at_ms: content.stimulus_at_ms,
+        caption: content.caption.clone(),
         kinds: content
             .pictures
             .iter()

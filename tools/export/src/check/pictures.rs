@@ -1,6 +1,6 @@
 //! What happens to pictures and embeddings outside the networks, and the refiner's loop.
 
-use bundle::{EdmSchedule, StageName};
+use bundle::{EdmSchedule, Entrance, StageName};
 use decoder::sampler::{GuidanceScale, SigmaTable, euler_edm};
 use decoder::{SamplerError, Stage, resize, retrieval};
 use ndarray::{Array2, Array4, ArrayD, Axis, Ix4};
@@ -21,7 +21,7 @@ const VECTOR: Tolerance = Tolerance::Close(5e-4);
 
 /// MindEye2's refiner: 25 steps, entered at the 13th level from the end.
 const REFINER_STEPS: usize = 25;
-const REFINER_KEPT: usize = 13;
+const REFINER_KEPT: u32 = 13;
 
 fn image(vectors: &Vectors, name: &str) -> Result<Array4<f32>, CheckError> {
     Ok(vectors
@@ -160,7 +160,7 @@ impl Parity {
 
     fn image_to_image_rows(&self, vectors: &Vectors, refiner: &Refiner) -> Rows {
         let of = |name: &str| vectors.floats(name);
-        let kept = of("sigmas")?.len();
+        let kept = u32::try_from(of("sigmas")?.len()).unwrap_or(u32::MAX);
         let prompt = Prompt {
             with: (of("c_crossattn")?, of("c_vector")?),
             without: (of("uc_crossattn")?, of("uc_vector")?),
@@ -297,7 +297,7 @@ impl Parity {
         image: &ArrayD<f32>,
         enc_noise: &ArrayD<f32>,
         noise: &ArrayD<f32>,
-        kept: usize,
+        kept: u32,
         prompt: &Prompt<'_>,
     ) -> Result<Refined, CheckError> {
         let (schedule, scale, guidance) = match &self.bundle.manifest().unclip {
@@ -326,7 +326,8 @@ impl Parity {
             sampler: "refiner",
             source,
         };
-        let levels = euler_edm::entered(&table, REFINER_STEPS, kept).map_err(failed)?;
+        let levels =
+            euler_edm::entered(&table, REFINER_STEPS, Entrance::Kept(kept)).map_err(failed)?;
         let mut steps = Vec::new();
         let latent = euler_edm::sample_from(
             &table,

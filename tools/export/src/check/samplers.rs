@@ -70,13 +70,9 @@ impl Parity {
         if let Some(vectors) = self.vectors("prior_ddim")? {
             let text = vectors.floats("text_embed")?;
             let expected_times = as_floats(vectors.ints("times")?);
-            let mut settings = settings.clone();
             // As many steps as were recorded, whatever the bundle's own setting.
-            settings.sampling_steps = u32::try_from(expected_times.len() + 1).unwrap_or(u32::MAX);
-            let found = times(&prior_ddim::times(
-                settings.timesteps,
-                settings.sampling_steps,
-            ));
+            let steps = u32::try_from(expected_times.len() + 1).unwrap_or(u32::MAX);
+            let found = times(&prior_ddim::times(settings.timesteps, steps));
             rows.push(self.exact_row("prior_ddim", "times", &found, &expected_times));
             let mut draws = recorded(vectors.floats("step_noise")?);
             let shape = text.shape().to_vec();
@@ -84,6 +80,7 @@ impl Parity {
             let mut predictions = Vec::new();
             let out = prior_ddim::sample(
                 &settings,
+                steps,
                 before[0].clone(),
                 &mut |tokens, time| {
                     let clean = predict(text, tokens, time)?;

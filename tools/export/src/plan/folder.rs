@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use bundle::Precision;
+use bundle::{Entrance, Precision};
 use serde::Deserialize;
 
 use super::{ModelSettings, Plan, PlanError, read_text};
@@ -262,6 +262,33 @@ fn read_config(dir: &Path, names: &BTreeSet<String>) -> Result<(ModelSettings, b
     reader.take("/constants/size_values/original", "a number", &mut original)?;
     reader.take("/constants/size_values/crop", "a number", &mut crop)?;
     settings.vector_values = vec![original, original, crop, crop];
+    let mut target = settings.refiner_sizes[4];
+    reader.take("/constants/size_values/target", "a number", &mut target)?;
+    settings.refiner_sizes = vec![original, original, crop, crop, target, target];
+    reader.take(
+        "/constants/refiner_steps",
+        "a whole number",
+        &mut settings.refiner_steps,
+    )?;
+    let mut kept = 0;
+    reader.take("/constants/img2img_timepoint", "a whole number", &mut kept)?;
+    if kept > 0 {
+        settings.refiner_entrance = Entrance::Kept(kept);
+    }
+    let mut shares = [settings.blend, 1.0 - settings.blend];
+    reader.take("/constants/blend", "two numbers", &mut shares)?;
+    settings.blend = shares[0];
+    reader.take(
+        "/constants/blend_size",
+        "a whole number",
+        &mut settings.blend_side,
+    )?;
+    reader.take("/negative_prompt", "a text", &mut settings.negative_prompt)?;
+    reader.take(
+        "/constants/git_max_length",
+        "a whole number",
+        &mut settings.caption_words,
+    )?;
     let mut random_weights = false;
     reader.take("/random_weights", "true or false", &mut random_weights)?;
     Ok((settings, random_weights))

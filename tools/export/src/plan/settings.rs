@@ -1,6 +1,13 @@
 //! What weights cannot tell.
 
+use bundle::{Entrance, FewStepSampler};
 use serde::Deserialize;
+
+/// MindEye2's negative prompt.
+const NEGATIVE_PROMPT: &str = "painting, extra fingers, mutated hands, poorly drawn hands, \
+    poorly drawn face, deformed, ugly, blurry, bad anatomy, bad proportions, extra limbs, \
+    cloned face, skinny, glitchy, double torso, extra arms, extra hands, mangled fingers, \
+    missing lips, ugly face, distorted face, extra legs, anime";
 
 /// What weights cannot tell; defaults are the released models' values.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -54,14 +61,40 @@ pub struct ModelSettings {
     pub image_scale: f32,
     /// See `image_scale`.
     pub image_shift: f32,
-    /// LCM steps of the `edge` fidelity.
+    /// Sampler of the `edge` fidelity: what the unCLIP weights, or a LoRA, were distilled for.
+    pub edge_sampler: FewStepSampler,
+    /// Its steps.
     pub edge_steps: u32,
+    /// Share of fresh noise where it is `tcd`.
+    pub edge_eta: f32,
     /// Prior steps of the `reference` fidelity.
     pub prior_steps: u32,
+    /// Prior steps of the `edge` fidelity, counted as the original does: one more than calls.
+    pub prior_edge_steps: u32,
     /// Share of fresh noise in the prior's DDIM.
     pub prior_eta: f32,
     /// Condition weight of the prior.
     pub prior_cond_scale: f32,
+    /// Euler steps of the refiner's whole schedule in the `reference` fidelity.
+    pub refiner_steps: u32,
+    /// Where that schedule is entered: `{ kept = N }` or `{ strength = S }`.
+    pub refiner_entrance: Entrance,
+    /// What refined pictures must not be like.
+    pub negative_prompt: String,
+    /// Picture size, crop and target size that the refiner is told, rows before columns.
+    pub refiner_sizes: Vec<f32>,
+    /// Side of the picture between unCLIP and refiner, and of the final one, pixels.
+    pub blend_side: u64,
+    /// Share of the refined picture in the final one.
+    pub blend: f32,
+    /// Sampler of the refiner in the `edge` fidelity.
+    pub refiner_edge_sampler: FewStepSampler,
+    /// Its steps.
+    pub refiner_edge_steps: u32,
+    /// Where its schedule is entered.
+    pub refiner_edge_entrance: Entrance,
+    /// In the `edge` fidelity unCLIP's latent goes to the refiner as it is.
+    pub refiner_keep_latent: bool,
     /// The blurry latent is divided by this.
     pub blurry_scale: f32,
     /// Blurry latent rows and columns where there is no blurry head to tell.
@@ -95,10 +128,23 @@ impl Default for ModelSettings {
             vector_values: vec![768.0, 768.0, 0.0, 0.0],
             image_scale: 0.8,
             image_shift: 0.2,
+            edge_sampler: FewStepSampler::Lcm,
             edge_steps: 4,
+            edge_eta: 0.3,
             prior_steps: 20,
+            prior_edge_steps: 6,
             prior_eta: 1.0,
             prior_cond_scale: 1.0,
+            refiner_steps: 25,
+            refiner_entrance: Entrance::Kept(13),
+            negative_prompt: NEGATIVE_PROMPT.into(),
+            refiner_sizes: vec![768.0, 768.0, 0.0, 0.0, 1024.0, 1024.0],
+            blend_side: 256,
+            blend: 0.75,
+            refiner_edge_sampler: FewStepSampler::Lcm,
+            refiner_edge_steps: 4,
+            refiner_edge_entrance: Entrance::Strength(0.5),
+            refiner_keep_latent: true,
             blurry_scale: 0.18215,
             blurry_latent_hw: [28, 28],
         }

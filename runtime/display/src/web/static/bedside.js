@@ -74,10 +74,12 @@ function showState(state) {
     kind: best.kind,
     ratio: best.width / best.height,
     stimulusAt: newest.stimulus_at_ms,
+    caption: newest.caption,
   };
   if (shown && shown.url === picture.url) {
     wanted = picture.url;
     shown = picture;
+    describe(picture);
     return;
   }
   if (wanted !== picture.url) load(picture);
@@ -131,8 +133,15 @@ function swap(image, picture) {
   setHidden("waiting", true);
   setText("trial", `Trial ${picture.trial} · run ${picture.run}`);
   setText("kind", picture.kind);
+  describe(picture);
   setText("announcement", `Trial ${picture.trial}, run ${picture.run}: ${picture.kind}`);
   count();
+}
+
+// The words arrive after the picture they describe, and stay through its refinement.
+function describe(picture) {
+  setText("caption", picture.caption ? `“${picture.caption}”` : "");
+  setHidden("caption", !picture.caption);
 }
 
 function clear() {
@@ -144,6 +153,7 @@ function clear() {
   setHidden("waiting", false);
   setText("trial", "\u00a0");
   setText("kind", "");
+  describe({ caption: null });
   setText("since", "\u00a0");
   setText("announcement", "Waiting for the first picture");
 }
