@@ -52,6 +52,7 @@ fn manifest() -> Manifest {
         blurry: None,
         prior: None,
         unclip: None,
+        tokenizers: None,
         sources: Vec::new(),
         licences: vec!["MIT".into()],
         files: BTreeMap::new(),

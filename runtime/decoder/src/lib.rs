@@ -23,6 +23,7 @@ pub mod retrieval;
 pub mod runtime;
 pub mod sampler;
 mod stage;
+pub mod text;
 pub mod vision;
 
 pub use decode::{DecodeError, Decoder, Fidelity, Progress, Reconstruction, Timings};
