@@ -5,6 +5,7 @@
 //! manifest.json.minisig  minisign signature of manifest.json
 //! graphs/<stage>.onnx    small; all tensors external
 //! weights/<stage>.bin    external data, 4 KiB aligned
+//! tokenizers/<name>.json vocabularies of the text encoders and the captioner
 //! subjects/<id>/         ridge graph and weights, mask
 //! engines/               cache, outside the signature
 //! ```
@@ -25,7 +26,7 @@ pub use manifest::{
     BlurrySettings, DType, Dim, EdgeSettings, EdmSchedule, Entrance, FORMAT_VERSION,
     FewStepSampler, FileEntry, Manifest, ManifestError, Precision, PriorSettings, PriorTables,
     RefinerEdgeSettings, RefinerSettings, Source, Stage, StageName, Subject, TensorSpec,
-    UnclipSettings,
+    Tokenizers, UnclipSettings,
 };
 pub use read::{Bundle, BundleError, UnverifiedBundle, open, sign};
 pub use write::{BundleWriter, WeightsWriter, WriteError};

@@ -53,6 +53,7 @@ fn manifest() -> Manifest {
         prior: None,
         unclip: None,
         refiner: None,
+        tokenizers: None,
         sources: Vec::new(),
         licences: vec!["MIT".into()],
         files: BTreeMap::new(),

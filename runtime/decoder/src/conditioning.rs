@@ -1,5 +1,8 @@
 //! The conditioning vector of SDXL-family networks: sinusoids of picture sizes.
 
+/// Values that stand for one size in the released SDXL-family networks.
+pub const SIZE_DIM: u64 = 256;
+
 /// Embeds numbers as SDXL does: each becomes `dim` values, cosines first, then sines.
 ///
 /// - `values`: sizes and crops in pixels, in the order of the network's conditioner.

@@ -1,6 +1,6 @@
 //! The whole way from betas to a picture, with one bundle and one person.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use bundle::{Bundle, StageName};
@@ -207,6 +207,28 @@ pub struct Reconstruction {
     pub timings: Timings,
 }
 
+/// How a bundle is opened.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoadOptions {
+    /// How closely the original's sampling is followed.
+    pub fidelity: Fidelity,
+    /// Optional networks that are not opened, although the bundle has them.
+    pub without: BTreeSet<StageName>,
+    /// Whether unCLIP's latent goes to the refiner as it is in the `edge` fidelity, in place of
+    /// what the manifest says.
+    pub keep_latent: Option<bool>,
+}
+
+impl From<Fidelity> for LoadOptions {
+    fn from(fidelity: Fidelity) -> Self {
+        LoadOptions {
+            fidelity,
+            without: BTreeSet::new(),
+            keep_latent: None,
+        }
+    }
+}
+
 /// A part of the way that a bundle has no networks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SwitchedOff {
@@ -242,14 +264,18 @@ impl std::fmt::Debug for Decoder {
 impl Decoder {
     /// Opens a person's ridge and every shared network.
     ///
+    /// - `options`: a fidelity alone opens whatever the bundle has.
+    ///
     /// # Errors
     /// [`DecodeError`] where the person is unknown, a network is missing or does not open.
     pub fn load(
         runtime: &Runtime,
         bundle: &Bundle,
         subject_id: &str,
-        fidelity: Fidelity,
+        options: impl Into<LoadOptions>,
     ) -> Result<Decoder, DecodeError> {
+        let options = options.into();
+        let fidelity = options.fidelity;
         let manifest = bundle.manifest();
         let Some(subject) = manifest.subject(subject_id) else {
             let known: Vec<&str> = manifest
@@ -262,7 +288,11 @@ impl Decoder {
                 known: known.join(", "),
             });
         };
-        let networks = Networks { runtime, bundle };
+        let networks = Networks {
+            runtime,
+            bundle,
+            options: &options,
+        };
         let ridge =
             Stage::open(runtime, bundle, &subject.stage).map_err(|source| DecodeError::Stage {
                 stage: subject_id.into(),
@@ -283,7 +313,7 @@ impl Decoder {
             .transpose()?
             .flatten();
         let refiner = painted
-            .then(|| Refiner::open(networks, fidelity))
+            .then(|| Refiner::open(networks))
             .transpose()?
             .flatten();
         Ok(Decoder {

@@ -29,9 +29,12 @@ pub mod retrieval;
 pub mod runtime;
 pub mod sampler;
 mod stage;
+pub mod text;
 pub mod vision;
 
-pub use decode::{DecodeError, Decoder, Fidelity, Progress, Reconstruction, SwitchedOff, Timings};
+pub use decode::{
+    DecodeError, Decoder, Fidelity, LoadOptions, Progress, Reconstruction, SwitchedOff, Timings,
+};
 pub use noise::{Draw, KeyedNoise, Noise, NoiseKey, Stream, Tier};
 pub use picture::{Picture, PictureError, Range};
 pub use runtime::{Runtime, RuntimeError};

@@ -3,18 +3,22 @@
 use bundle::{Bundle, StageName};
 use ndarray::{ArrayD, IxDyn};
 
-use crate::{DecodeError, Runtime, Stage, StageError};
+use crate::{DecodeError, LoadOptions, Runtime, Stage, StageError};
 
 /// Opens networks of one bundle.
 #[derive(Clone, Copy)]
 pub(crate) struct Networks<'b> {
     pub(crate) runtime: &'b Runtime,
     pub(crate) bundle: &'b Bundle,
+    pub(crate) options: &'b LoadOptions,
 }
 
 impl Networks<'_> {
-    /// A network that the bundle may lack.
+    /// A network that the bundle may lack, or that is left out.
     pub(crate) fn find(self, name: StageName) -> Result<Option<Stage>, DecodeError> {
+        if self.options.without.contains(&name) {
+            return Ok(None);
+        }
         let spec = self.bundle.manifest().stages.get(&name);
         let opened = spec.map(|spec| Stage::open(self.runtime, self.bundle, spec));
         opened.transpose().map_err(|source| DecodeError::Stage {

@@ -42,10 +42,7 @@ pub(crate) struct Unrefined<'u> {
 
 impl Refiner {
     /// `None` where the bundle has no refiner.
-    pub(crate) fn open(
-        networks: Networks<'_>,
-        fidelity: Fidelity,
-    ) -> Result<Option<Refiner>, DecodeError> {
+    pub(crate) fn open(networks: Networks<'_>) -> Result<Option<Refiner>, DecodeError> {
         let Some(unet) = networks.find(StageName::Refiner)? else {
             return Ok(None);
         };
@@ -54,11 +51,14 @@ impl Refiner {
             needed_by: "refiner",
         };
         let settings = networks.bundle.manifest().refiner.clone();
-        let settings = settings.ok_or(missing("refiner settings"))?;
+        let mut settings = settings.ok_or(missing("refiner settings"))?;
+        if let Some(keep_latent) = networks.options.keep_latent {
+            settings.edge.keep_latent = keep_latent;
+        }
         let prompter = Prompter::open(networks.runtime, networks.bundle)?;
         let prompter = prompter.ok_or(missing("text encoders"))?;
         #[expect(clippy::float_cmp, reason = "exactly 1 means no second call")]
-        let guided = fidelity == Fidelity::Reference && settings.guidance != 1.0;
+        let guided = networks.options.fidelity == Fidelity::Reference && settings.guidance != 1.0;
         let without = guided
             .then(|| prompter.condition(&settings.negative_prompt, &settings.sizes))
             .transpose()?;

@@ -1,6 +1,6 @@
 //! Every stage's graph from open checkpoints, and all that is wrong with them at once.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bundle::{
     BlurrySettings, EdgeSettings, EdmSchedule, PriorSettings, RefinerEdgeSettings, RefinerSettings,
@@ -10,8 +10,11 @@ use bundle::{
 use crate::export::{ExportError, Opened, Place, Planned};
 use crate::graph::Graph;
 use crate::plan::{ModelSettings, Plan};
-use crate::section::{Problem, Section};
-use crate::stages::{autoencoder, backbone, bridge, captioner, prior, subject, text, unet, vision};
+use crate::section::{Problem, Section, chain};
+use crate::stages::{
+    autoencoder, backbone, bridge, captioner, preview, prior, subject, text, unet, vision,
+};
+use crate::vocabulary;
 
 /// Keys of sgm engines that no stage needs: what is left of the towers, training's losses and tables.
 const UNUSED_OF_ENGINES: [&str; 6] = [
@@ -35,6 +38,10 @@ pub(crate) struct Description<'c> {
     pub(crate) unclip: Option<UnclipSettings>,
     /// Constants of the refiner.
     pub(crate) refiner: Option<RefinerSettings>,
+    /// The file of CLIP's vocabulary.
+    pub(crate) clip: Option<Vec<u8>>,
+    /// The file of the captioner's vocabulary.
+    pub(crate) caption: Option<Vec<u8>>,
 }
 
 /// Builds every graph; fails with all problems of all checkpoints at once.
@@ -55,6 +62,8 @@ pub(crate) fn describe<'c>(
             prior: None,
             unclip: None,
             refiner: None,
+            clip: None,
+            caption: None,
         },
     };
     for source in opened {
@@ -70,6 +79,7 @@ pub(crate) fn describe<'c>(
                 "sdxl" => builder.sdxl(section),
                 "bridge" => builder.bridge(section),
                 "captioner" => builder.captioner(section),
+                "preview" => builder.preview(section),
                 _ => builder.autoenc(section),
             },
             Err(problem) => builder.problems.push(problem),
@@ -289,6 +299,13 @@ impl<'c> Builder<'_, 'c> {
         let graph = unet::build("refiner", &s, options, precision);
         let channels = unet::latent_channels(&s);
         self.description.refiner = Some(refiner_settings(settings, channels));
+        self.clip_vocabulary(
+            &s,
+            [
+                format!("{clip_l}embeddings.token_embedding.weight"),
+                format!("{open_clip}token_embedding.weight"),
+            ],
+        );
         self.add(StageName::TextEncoder1, first);
         self.add(StageName::TextEncoder2, second);
         self.add(StageName::Refiner, graph);
@@ -313,6 +330,25 @@ impl<'c> Builder<'_, 'c> {
         self.sections.push(s);
     }
 
+    /// CLIP's vocabulary, where both towers have a row for each of its ids.
+    fn clip_vocabulary(&mut self, s: &Section<'c>, embeddings: [String; 2]) {
+        for key in embeddings {
+            if let Some(rows) = s.shape(&key).and_then(|shape| shape.first().copied())
+                && rows < vocabulary::CLIP_IDS
+            {
+                let expected = vocabulary::CLIP_IDS;
+                s.problem(
+                    &key,
+                    format!("expected at least CLIP's {expected} rows, found {rows}"),
+                );
+            }
+        }
+        match vocabulary::clip() {
+            Ok(bytes) => self.description.clip = Some(bytes),
+            Err(error) => s.problem("tokenizers.clip", chain(&error)),
+        }
+    }
+
     fn captioner(&mut self, s: Section<'c>) {
         let settings = &self.plan.settings;
         let options = captioner::CaptionerOptions {
@@ -322,6 +358,14 @@ impl<'c> Builder<'_, 'c> {
         };
         let prefix = captioner::prefix(&s, options, self.plan.precision);
         let step = captioner::step(&s, options, self.plan.precision);
+        let rows = s.shape("git.embeddings.word_embeddings.weight");
+        let rows = rows.and_then(|shape| shape.first().copied());
+        let weights = self.plan.captioner.as_deref();
+        let folder = weights.and_then(Path::parent).unwrap_or(Path::new(""));
+        match vocabulary::caption(folder, rows) {
+            Ok(bytes) => self.description.caption = Some(bytes),
+            Err(problems) => self.problems.extend(problems),
+        }
         self.add(StageName::CaptionerPrefix, prefix);
         self.add(StageName::Captioner, step);
         // The captioner sees through the bridge and not through its own image tower.
@@ -334,6 +378,25 @@ impl<'c> Builder<'_, 'c> {
     fn bridge(&mut self, s: Section<'c>) {
         let graph = bridge::build(&s, self.plan.precision);
         self.add(StageName::CaptionBridge, graph);
+        self.sections.push(s);
+    }
+
+    fn preview(&mut self, s: Section<'c>) {
+        let keys = preview::PreviewKeys::read(&s);
+        let channels = keys.channels(&s);
+        let unclip = self.description.unclip.as_ref();
+        if let Some(expected) = unclip.map(|unclip| unclip.latent_channels)
+            && expected != channels
+        {
+            s.problem(
+                "latent",
+                format!("expected unclip's {expected} channels, found {channels}"),
+            );
+        }
+        let latent = self.plan.settings.latent_hw;
+        let graph = preview::build(&s, &keys, latent, self.plan.precision);
+        self.add(StageName::PreviewDecoder, graph);
+        s.ignore("encoder.");
         self.sections.push(s);
     }
 

@@ -13,13 +13,14 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use bundle::{
-    BundleWriter, FORMAT_VERSION, Manifest, Source, Stage, StageName, Subject, WriteError,
+    BundleWriter, FORMAT_VERSION, Manifest, Source, Stage, StageName, Subject, Tokenizers,
+    WriteError,
 };
 use prost::Message;
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::describe::describe;
+use crate::describe::{Description, describe};
 use crate::graph::Graph;
 use crate::plan::Plan;
 use crate::section::{Problem, Section, chain};
@@ -159,6 +160,7 @@ fn open(plan: &Plan) -> Result<Vec<Opened>, ExportError> {
         ("sdxl", &plan.sdxl),
         ("bridge", &plan.bridge),
         ("captioner", &plan.captioner),
+        ("preview", &plan.preview),
     ];
     sources
         .into_iter()
@@ -196,6 +198,7 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
         Ok::<_, ExportError>((written?, sources?))
     })?;
 
+    let tokenizers = add_vocabularies(&mut writer, &description)?;
     let mut manifest = Manifest {
         format_version: FORMAT_VERSION,
         bundle_version: plan.bundle_version,
@@ -208,6 +211,7 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
         prior: description.prior,
         unclip: description.unclip,
         refiner: description.refiner,
+        tokenizers,
         sources,
         licences: plan.licences.clone(),
         files: BTreeMap::new(),
@@ -239,6 +243,25 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
     }
     writer.finish(manifest)?;
     Ok(())
+}
+
+fn add_vocabularies(
+    writer: &mut BundleWriter,
+    description: &Description<'_>,
+) -> Result<Option<Tokenizers>, WriteError> {
+    let mut add = |name: &str, bytes: &Option<Vec<u8>>| match bytes {
+        Some(bytes) => {
+            let relative = format!("tokenizers/{name}.json");
+            writer.add(&relative, bytes)?;
+            Ok::<_, WriteError>(Some(relative))
+        }
+        None => Ok(None),
+    };
+    let tokenizers = Tokenizers {
+        clip: add("clip", &description.clip)?,
+        caption: add("caption", &description.caption)?,
+    };
+    Ok((tokenizers != Tokenizers::default()).then_some(tokenizers))
 }
 
 fn add_mask(writer: &mut BundleWriter, id: &str, path: &Path) -> Result<String, ExportError> {

@@ -14,4 +14,5 @@ pub mod onnx;
 pub mod plan;
 pub mod section;
 pub mod stages;
+pub mod vocabulary;
 pub mod weights;

@@ -55,6 +55,9 @@ pub struct Manifest {
     /// Constants of the refiner.
     #[serde(default)]
     pub refiner: Option<RefinerSettings>,
+    /// Vocabularies of the text encoders and of the captioner.
+    #[serde(default)]
+    pub tokenizers: Option<Tokenizers>,
     /// The checkpoints this bundle was made from.
     pub sources: Vec<Source>,
     /// Licences of the weights, as the exporter was told.
@@ -97,6 +100,18 @@ pub struct Subject {
     /// NIfTI mask inside the bundle.
     #[serde(default)]
     pub mask: Option<String>,
+}
+
+/// Paths of vocabulary files inside the bundle; the decoder's `text` module reads them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tokenizers {
+    /// CLIP's byte pairs, for both text encoders.
+    #[serde(default)]
+    pub clip: Option<String>,
+    /// The captioner's word pieces.
+    #[serde(default)]
+    pub caption: Option<String>,
 }
 
 /// A checkpoint that went into the bundle.
@@ -252,6 +267,13 @@ impl Manifest {
             }
             if let Some(mask) = &subject.mask {
                 self.check_listed(&format!("{field}.mask"), mask)?;
+            }
+        }
+        if let Some(tokenizers) = &self.tokenizers {
+            for (field, path) in [("clip", &tokenizers.clip), ("caption", &tokenizers.caption)] {
+                if let Some(path) = path {
+                    self.check_listed(&format!("tokenizers.{field}"), path)?;
+                }
             }
         }
         if let Some(blurry) = &self.blurry {

@@ -4,6 +4,7 @@
 //! sources and tolerances. Which file belongs to a bundle is told by the checkpoint it was
 //! exported from; files of other variants are listed as not in this bundle.
 
+mod chain;
 mod golden;
 mod networks;
 mod pictures;
@@ -63,6 +64,9 @@ pub enum CheckError {
         /// What is wrong.
         source: decoder::SamplerError,
     },
+    /// The whole way cannot be gone.
+    #[error("a trial cannot be decoded")]
+    Decode(#[from] decoder::DecodeError),
     /// A caption cannot be made.
     #[error("captioning failed")]
     Caption(#[from] decoder::caption::CaptionError),
@@ -149,6 +153,7 @@ impl Parity {
         rows.extend(self.unclip_rows()?);
         rows.extend(self.tower_rows()?);
         rows.extend(self.picture_rows()?);
+        rows.extend(self.chain_rows()?);
         rows.extend(self.later_rows()?);
         let arithmetic = match self.precision() {
             Precision::Fp32 => "ONNX Runtime on the CPU, fp32",

@@ -72,6 +72,16 @@ impl Graph<'_> {
         self.unary("Sigmoid", x)
     }
 
+    /// Hyperbolic tangent.
+    pub fn tanh(&mut self, x: &Value) -> Value {
+        self.unary("Tanh", x)
+    }
+
+    /// What is above zero.
+    pub fn relu(&mut self, x: &Value) -> Value {
+        self.unary("Relu", x)
+    }
+
     /// Gauss error function.
     pub fn erf(&mut self, x: &Value) -> Value {
         self.unary("Erf", x)
@@ -145,6 +155,21 @@ impl Graph<'_> {
     /// Convolution of `x` `[batch, in, height, width]` with `weight` `[out, in, k, k]`, `bias` `[out]`;
     /// padded by half the kernel on every side.
     pub fn conv(&mut self, x: &Value, weight: &Value, bias: &Value, stride: u64) -> Value {
+        self.padded_conv(x, weight, Some(bias), stride)
+    }
+
+    /// As [`Self::conv`] with stride 1, without bias.
+    pub fn conv_without_bias(&mut self, x: &Value, weight: &Value) -> Value {
+        self.padded_conv(x, weight, None, 1)
+    }
+
+    fn padded_conv(
+        &mut self,
+        x: &Value,
+        weight: &Value,
+        bias: Option<&Value>,
+        stride: u64,
+    ) -> Value {
         assert_eq!(x.len(1), weight.len(1), "Conv of {x:?} and {weight:?}");
         let (kernel_h, kernel_w) = (weight.len(2), weight.len(3));
         let (pad_h, pad_w) = (kernel_h / 2, kernel_w / 2);
@@ -162,7 +187,9 @@ impl Graph<'_> {
             AttributeProto::ints("pads", &pads),
             AttributeProto::ints("strides", &[signed(stride), signed(stride)]),
         ];
-        self.node("Conv", &[x, weight, bias], attributes, x.elem, shape)
+        let mut inputs = vec![x, weight];
+        inputs.extend(bias);
+        self.node("Conv", &inputs, attributes, x.elem, shape)
     }
 
     /// Convolution that halves `x` and pads one row below and one column to the right, as the

@@ -65,6 +65,7 @@ impl Plan {
             ".safetensors",
         )?;
         let bridge = find("caption_bridge", "bigG_to_L", ".pth")?;
+        let preview = find_preview(dir, &names, &mut notes)?;
         let captioner = find_captioner(dir, &names, &mut notes);
         let (mut settings, random_weights) = read_config(dir, &names)?;
         if captioner.is_some() {
@@ -81,6 +82,7 @@ impl Plan {
             sdxl,
             bridge,
             captioner,
+            preview,
             subjects: Vec::new(),
             settings,
             allow_unexpected,
@@ -110,6 +112,36 @@ fn find_captioner(
         notes.push(format!("{what}: without captioner"));
     }
     found
+}
+
+/// `taesdxl_decoder` in either container, or a whole `taesdxl`; its encoder is of no use.
+fn find_preview(
+    dir: &Path,
+    names: &BTreeSet<String>,
+    notes: &mut Vec<String>,
+) -> Result<Option<PathBuf>, PlanError> {
+    let fits = |name: &&String| {
+        name.starts_with("taesdxl")
+            && !name.contains("encoder")
+            && [".pth", ".safetensors"]
+                .iter()
+                .any(|end| name.ends_with(end))
+    };
+    let found: Vec<&String> = names.iter().filter(fits).collect();
+    match found.as_slice() {
+        [] => {
+            notes.push("taesdxl* is missing: without preview_decoder".into());
+            Ok(None)
+        }
+        [name] => Ok(Some(dir.join(name))),
+        several => {
+            let names: Vec<&str> = several.iter().map(|name| name.as_str()).collect();
+            Err(PlanError::Ambiguous {
+                path: dir.to_owned(),
+                names: names.join(", "),
+            })
+        }
+    }
 }
 
 /// The captioner's own `config.json`, as released beside its weights.

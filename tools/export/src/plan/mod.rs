@@ -61,7 +61,7 @@ pub enum PlanError {
     /// Nothing to export.
     #[error(
         "{path} holds none of last.pth, unclip6*.ckpt, sd_image_var_autoenc.pth, sd_xl_base*.safetensors, \
-         bigG_to_L*.pth: nothing to export"
+         bigG_to_L*.pth, git/, taesdxl*: nothing to export"
     )]
     Empty {
         /// The folder or recipe.
@@ -100,6 +100,8 @@ pub struct Plan {
     pub bridge: Option<PathBuf>,
     /// The captioner's weights.
     pub captioner: Option<PathBuf>,
+    /// The decoder of quick previews.
+    pub preview: Option<PathBuf>,
     /// People to export; empty for all.
     pub subjects: Vec<SubjectPlan>,
     /// What weights cannot tell.
@@ -130,6 +132,7 @@ impl Plan {
             &self.autoenc,
             &self.sdxl,
             &self.bridge,
+            &self.preview,
         ];
         if sources.iter().all(|source| source.is_none()) {
             return Err(PlanError::Empty {

@@ -39,6 +39,7 @@ struct Sources {
     sdxl: Option<PathBuf>,
     bridge: Option<PathBuf>,
     captioner: Option<PathBuf>,
+    preview: Option<PathBuf>,
 }
 
 impl Plan {
@@ -73,6 +74,7 @@ impl Plan {
             sdxl: at(recipe.sources.sdxl),
             bridge: at(recipe.sources.bridge),
             captioner: at(recipe.sources.captioner),
+            preview: at(recipe.sources.preview),
             subjects,
             settings: recipe.settings,
             allow_unexpected: recipe.allow_unexpected,

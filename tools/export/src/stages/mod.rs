@@ -9,6 +9,7 @@ pub mod backbone;
 pub mod blocks;
 pub mod bridge;
 pub mod captioner;
+pub mod preview;
 pub mod prior;
 pub mod subject;
 pub mod text;
