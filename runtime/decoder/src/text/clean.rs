@@ -1,9 +1,10 @@
 //! What CLIP's tokenizers do to a text before they split it.
 //!
 //! OpenCLIP runs `ftfy.fix_text`, unescapes HTML twice, collapses white space and lower-cases.
-//! Of ftfy (6.x, default settings) this has: HTML entities, terminal escapes, ligatures, widths of
-//! characters, curly quotes, control characters, NFC. Its repair of text that was decoded with the
-//! wrong encoding is left out: prompts come from the captioner or a setting, as UTF-8.
+//! Of ftfy (6.x, default settings) this has: HTML entities, terminal escapes, C1 controls,
+//! ligatures, widths of characters, curly quotes, control characters, NFC. Its repair of text that
+//! was decoded with the wrong encoding is left out: prompts come from the captioner or a setting, as
+//! UTF-8.
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
@@ -48,7 +49,7 @@ fn fix(text: &str) -> String {
     };
     let text = TERMINAL_ESCAPE.replace_all(&text, "");
     let mut out = String::with_capacity(text.len());
-    for character in text.chars() {
+    for character in text.chars().map(printable) {
         match ligature(character) {
             Some(letters) => out.push_str(letters),
             None => out.push(character),
@@ -66,6 +67,20 @@ fn fix(text: &str) -> String {
     }
     plain.retain(|character| !is_control(character));
     plain.nfc().collect()
+}
+
+/// What windows-1252 has where Latin-1 has a control character; five places are empty in both.
+fn printable(character: char) -> char {
+    const CHARACTERS: [char; 32] = [
+        '€', '\u{81}', '‚', 'ƒ', '„', '…', '†', '‡', 'ˆ', '‰', 'Š', '‹', 'Œ', '\u{8d}', 'Ž',
+        '\u{8f}', '\u{90}', '‘', '’', '“', '”', '•', '–', '—', '˜', '™', 'š', '›', 'œ', '\u{9d}',
+        'ž', 'Ÿ',
+    ];
+    u32::from(character)
+        .checked_sub(0x80)
+        .and_then(|place| CHARACTERS.get(usize::try_from(place).ok()?))
+        .copied()
+        .unwrap_or(character)
 }
 
 fn ligature(character: char) -> Option<&'static str> {

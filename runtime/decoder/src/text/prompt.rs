@@ -83,6 +83,8 @@ pub struct Condition {
     pub context: ArrayD<f32>,
     /// `[1, column]`: OpenCLIP's pooled text, then the sizes.
     pub vector: ArrayD<f32>,
+    /// Columns of `vector` that stand for the sizes, at its end.
+    pub sizes: usize,
 }
 
 /// Both text towers with their tokenizer.
@@ -193,10 +195,15 @@ impl Prompter {
         let context = ndarray::concatenate(Axis(2), &parts)
             .map_err(|_| misfit("hidden of as many tokens as text_encoder_1's"))?;
         let sizes = conditioning::vector(sizes, conditioning::SIZE_DIM);
+        let columns = sizes.len();
         let sizes = ArrayD::from_shape_vec(IxDyn(&[1, sizes.len()]), sizes).unwrap_or_default();
         let vector = ndarray::concatenate(Axis(1), &[pooled.view(), sizes.view()])
             .map_err(|_| misfit("pooled of one row"))?;
-        Ok(Condition { context, vector })
+        Ok(Condition {
+            context,
+            vector,
+            sizes: columns,
+        })
     }
 }
 

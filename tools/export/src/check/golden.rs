@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use ndarray::{ArrayD, IxDyn};
 use safetensors::{Dtype, SafeTensors};
+use serde::de::DeserializeOwned;
 
 /// Largest file of reference vectors that is read.
 const MAX_BYTES: u64 = 1 << 30;
@@ -28,6 +29,14 @@ pub enum GoldenError {
         path: PathBuf,
         /// What is wrong.
         source: safetensors::SafeTensorError,
+    },
+    /// Not JSON, or without what is needed of it.
+    #[error("{path} is not as expected")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: serde_json::Error,
     },
     /// A tensor that is not there.
     #[error("{path}: {tensor} is missing")]
@@ -54,21 +63,9 @@ impl Vectors {
     /// [`GoldenError`] where it is there and cannot be used.
     pub fn read(dir: &Path, name: &str) -> Result<Option<Vectors>, GoldenError> {
         let path = dir.join(format!("io_{name}.safetensors"));
-        let error = |source| GoldenError::Read {
-            path: path.clone(),
-            source,
+        let Some(bytes) = read(&path)? else {
+            return Ok(None);
         };
-        let len = match fs::metadata(&path) {
-            Ok(metadata) => metadata.len(),
-            Err(missing) if missing.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(other) => return Err(error(other)),
-        };
-        if len > MAX_BYTES {
-            return Err(error(std::io::Error::other(format!(
-                "{len} bytes, expected at most {MAX_BYTES}"
-            ))));
-        }
-        let bytes = fs::read(&path).map_err(error)?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|source| GoldenError::Format {
             path: path.clone(),
             source,
@@ -135,4 +132,37 @@ impl Vectors {
             tensor: name.into(),
         }
     }
+}
+
+/// A JSON file of the reference set; `None` where the folder has no such file.
+///
+/// # Errors
+/// [`GoldenError`] where it is there and cannot be used.
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, GoldenError> {
+    let Some(bytes) = read(path)? else {
+        return Ok(None);
+    };
+    let value = serde_json::from_slice(&bytes).map_err(|source| GoldenError::Json {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(Some(value))
+}
+
+fn read(path: &Path) -> Result<Option<Vec<u8>>, GoldenError> {
+    let error = |source| GoldenError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let len = match fs::metadata(path) {
+        Ok(metadata) => metadata.len(),
+        Err(missing) if missing.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(other) => return Err(error(other)),
+    };
+    if len > MAX_BYTES {
+        return Err(error(std::io::Error::other(format!(
+            "{len} bytes, expected at most {MAX_BYTES}"
+        ))));
+    }
+    fs::read(path).map(Some).map_err(error)
 }

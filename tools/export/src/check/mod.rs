@@ -11,6 +11,7 @@ mod pictures;
 mod report;
 mod samplers;
 mod towers;
+mod words;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -70,6 +71,25 @@ pub enum CheckError {
     /// A caption cannot be made.
     #[error("captioning failed")]
     Caption(#[from] decoder::caption::CaptionError),
+    /// A prompt cannot be conditioned on.
+    #[error("conditioning on a prompt failed")]
+    Prompt(#[from] decoder::text::PromptError),
+    /// A vocabulary of the bundle is refused.
+    #[error("{file} is refused")]
+    Vocabulary {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        source: decoder::text::TextError,
+    },
+    /// A file of the bundle cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
     /// The reference vectors cannot be used.
     #[error("the reference vectors cannot be used")]
     Golden(#[from] GoldenError),
@@ -152,6 +172,7 @@ impl Parity {
         rows.extend(self.blurry_rows()?);
         rows.extend(self.unclip_rows()?);
         rows.extend(self.tower_rows()?);
+        rows.extend(self.word_rows()?);
         rows.extend(self.picture_rows()?);
         rows.extend(self.chain_rows()?);
         rows.extend(self.later_rows()?);
