@@ -31,6 +31,8 @@ pub enum Verdict {
     Ok,
     /// Out of tolerance.
     Fail,
+    /// Compared with something it need not equal: the note says with what.
+    Measured,
     /// Nothing to compare: the note says why.
     NotInThisBundle,
 }
@@ -72,6 +74,33 @@ impl Row {
             milliseconds: None,
             verdict: Verdict::NotInThisBundle,
             note: note.into(),
+        }
+    }
+
+    /// How far two results lie apart that need not be equal.
+    #[must_use]
+    pub fn measured(
+        vectors: &str,
+        quantity: &str,
+        found: ArrayViewD<'_, f32>,
+        beside: ArrayViewD<'_, f32>,
+    ) -> Row {
+        let any = Tolerance::Picture(f64::INFINITY);
+        let row = Row::compare(
+            vectors,
+            quantity,
+            found,
+            beside,
+            any,
+            bundle::Precision::Fp32,
+        );
+        Row {
+            tolerance: None,
+            verdict: match row.verdict {
+                Verdict::Ok => Verdict::Measured,
+                other => other,
+            },
+            ..row
         }
     }
 
@@ -249,10 +278,10 @@ impl Report {
                 row.psnr_db.map_or("-".into(), |psnr| format!("{psnr:.1}")),
                 row.milliseconds
                     .map_or("-".into(), |time| format!("{time:.1}")),
-                if row.verdict == Verdict::Ok {
-                    "ok"
-                } else {
-                    "OUT OF TOLERANCE"
+                match row.verdict {
+                    Verdict::Ok => "ok",
+                    Verdict::Measured => "measured",
+                    _ => "OUT OF TOLERANCE",
                 },
                 if row.note.is_empty() { "" } else { ": " },
                 row.note

@@ -124,6 +124,12 @@ impl Parity {
         Ok(rows)
     }
 
+    /// Captions of the recorded pictures, in order; none where there is no such file.
+    pub(super) fn recorded_captions(&self) -> Result<Vec<String>, CheckError> {
+        let captions: Option<Captions> = self.json("io_git_captions.json")?;
+        Ok(captions.map(|file| file.captions).unwrap_or_default())
+    }
+
     fn word_piece_rows(&self) -> Rows {
         let cases: Option<Vec<WordPieceCase>> = self.json("io_wordpiece_cases.json")?;
         let captions: Option<Captions> = self.json("io_git_captions.json")?;
@@ -240,7 +246,7 @@ impl Parity {
     }
 
     /// Texts, equal or not, by their characters; the first that differs is named.
-    fn texts_row<'t>(
+    pub(super) fn texts_row<'t>(
         &self,
         file: &str,
         name: &str,

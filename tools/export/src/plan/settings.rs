@@ -144,7 +144,7 @@ impl Default for ModelSettings {
             refiner_edge_sampler: FewStepSampler::Lcm,
             refiner_edge_steps: 4,
             refiner_edge_entrance: Entrance::Strength(0.5),
-            refiner_keep_latent: true,
+            refiner_keep_latent: false,
             blurry_scale: 0.18215,
             blurry_latent_hw: [28, 28],
         }
