@@ -55,6 +55,7 @@ fn manifest() -> Manifest {
         refiner: None,
         tokenizers: None,
         sources: Vec::new(),
+        loras: Vec::new(),
         licences: vec!["MIT".into()],
         files: BTreeMap::new(),
     }

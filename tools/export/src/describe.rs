@@ -1,5 +1,6 @@
 //! Every stage's graph from open checkpoints, and all that is wrong with them at once.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use bundle::{
@@ -7,9 +8,10 @@ use bundle::{
     StageName, UnclipSettings,
 };
 
-use crate::export::{ExportError, Opened, Place, Planned};
+use crate::export::{ExportError, LORA, Opened, Place, Planned};
 use crate::graph::Graph;
-use crate::plan::{ModelSettings, Plan};
+use crate::lora::{Adapter, Merged, Outcome, Target};
+use crate::plan::{LoraPlan, ModelSettings, Plan};
 use crate::section::{Problem, Section, chain};
 use crate::stages::{
     autoencoder, backbone, bridge, captioner, preview, prior, subject, text, unet, vision,
@@ -42,6 +44,8 @@ pub(crate) struct Description<'c> {
     pub(crate) clip: Option<Vec<u8>>,
     /// The file of the captioner's vocabulary.
     pub(crate) caption: Option<Vec<u8>>,
+    /// What each LoRA file of the plan did.
+    pub(crate) loras: Vec<Merged>,
 }
 
 /// Builds every graph; fails with all problems of all checkpoints at once.
@@ -64,19 +68,32 @@ pub(crate) fn describe<'c>(
             refiner: None,
             clip: None,
             caption: None,
+            loras: Vec::new(),
         },
+        loras: opened
+            .iter()
+            .filter(|source| source.role == LORA)
+            .zip(&plan.loras)
+            .collect(),
+        outcomes: BTreeMap::new(),
     };
-    for source in opened {
+    for source in opened.iter().filter(|source| source.role != LORA) {
         let root = match source.role {
             "mindeye" | "bridge" => Some("model_state_dict"),
             "unclip" => Some("state_dict"),
             _ => None,
         };
         match source.section(root) {
-            Ok(section) => match source.role {
+            Ok(mut section) => match source.role {
                 "mindeye" => builder.mindeye(section),
-                "unclip" => builder.unclip(section),
-                "sdxl" => builder.sdxl(section),
+                "unclip" => {
+                    builder.merge(Target::Unclip, &mut section);
+                    builder.unclip(section);
+                }
+                "sdxl" => {
+                    builder.merge(Target::Refiner, &mut section);
+                    builder.sdxl(section);
+                }
                 "bridge" => builder.bridge(section),
                 "captioner" => builder.captioner(section),
                 "preview" => builder.preview(section),
@@ -96,9 +113,33 @@ struct Builder<'p, 'c> {
     dim: Option<u64>,
     blurry_latent: [u64; 2],
     description: Description<'c>,
+    /// LoRA files and what is to be done with them, in order.
+    loras: Vec<(&'c Opened, &'p LoraPlan)>,
+    /// What became of each, by its place.
+    outcomes: BTreeMap<usize, Outcome>,
 }
 
 impl<'c> Builder<'_, 'c> {
+    /// Gives the layers of an engine the changes of all LoRA files that go into it.
+    fn merge(&mut self, target: Target, section: &mut Section<'c>) {
+        for (index, (source, lora)) in self.loras.iter().enumerate() {
+            if lora.into != target {
+                continue;
+            }
+            let adapter = Adapter {
+                index,
+                file: source.file(),
+                tensors: source.root(),
+                into: lora.into,
+                weight: lora.weight,
+                allow_unmatched: &lora.allow_unmatched,
+            };
+            let mut outcome = adapter.merge(section);
+            self.problems.append(&mut outcome.problems);
+            self.outcomes.insert(index, outcome);
+        }
+    }
+
     fn add(&mut self, name: StageName, graph: Graph<'c>) {
         self.description.planned.push(Planned {
             place: Place::Shared(name),
@@ -431,6 +472,12 @@ impl<'c> Builder<'_, 'c> {
         let broken =
             !self.problems.is_empty() || self.sections.iter().any(|s| !s.problems().is_empty());
         if !broken {
+            let planned = &self.description.planned;
+            self.description.loras = self
+                .outcomes
+                .iter()
+                .map(|(&index, outcome)| Merged::of(index, outcome, planned))
+                .collect();
             return Ok(self.description);
         }
         for s in &self.sections {

@@ -19,13 +19,15 @@ use bundle::{
 use prost::Message;
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::checkpoint::{Checkpoint, CheckpointError, TensorRef};
 use crate::describe::{Description, describe};
 use crate::graph::Graph;
 use crate::plan::Plan;
 use crate::section::{Problem, Section, chain};
 use crate::weights;
 
+/// Role of the files that are merged into other sources.
+pub(crate) const LORA: &str = "lora";
 /// Largest mask that is carried in a bundle.
 const MAX_MASK_BYTES: u64 = 64 << 20;
 
@@ -130,12 +132,14 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    fn file(&self) -> String {
-        self.path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned()
+    /// File name without its folder.
+    pub(crate) fn file(&self) -> String {
+        file_name(&self.path)
+    }
+
+    /// The tensors at the top.
+    pub(crate) fn root(&self) -> Vec<(String, TensorRef<'_>)> {
+        self.checkpoint.root()
     }
 
     /// The tensors under the checkpoint's usual key, or at its root.
@@ -152,6 +156,13 @@ impl Opened {
     }
 }
 
+fn file_name(path: &Path) -> String {
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
+}
+
 fn open(plan: &Plan) -> Result<Vec<Opened>, ExportError> {
     let sources = [
         ("mindeye", &plan.mindeye),
@@ -165,6 +176,7 @@ fn open(plan: &Plan) -> Result<Vec<Opened>, ExportError> {
     sources
         .into_iter()
         .filter_map(|(role, path)| path.clone().map(|path| (role, path)))
+        .chain(plan.loras.iter().map(|lora| (LORA, lora.file.clone())))
         .map(|(role, path)| match Checkpoint::open(&path) {
             Ok(checkpoint) => Ok(Opened {
                 role,
@@ -183,6 +195,9 @@ fn open(plan: &Plan) -> Result<Vec<Opened>, ExportError> {
 pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), ExportError> {
     let opened = open(plan)?;
     let description = describe(plan, &opened)?;
+    for (lora, merged) in plan.loras.iter().zip(&description.loras) {
+        merged.say(&file_name(&lora.file), say);
+    }
     let mut writer = BundleWriter::create(out)?;
     let (stages, sources) = std::thread::scope(|scope| {
         let hashing = scope.spawn(|| {
@@ -199,6 +214,9 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
     })?;
 
     let tokenizers = add_vocabularies(&mut writer, &description)?;
+    // Sources were opened in this order: the plan's own, then its LoRA files.
+    let (lora_files, sources): (Vec<Source>, Vec<Source>) =
+        sources.into_iter().partition(|source| source.role == LORA);
     let mut manifest = Manifest {
         format_version: FORMAT_VERSION,
         bundle_version: plan.bundle_version,
@@ -213,6 +231,11 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
         refiner: description.refiner,
         tokenizers,
         sources,
+        loras: lora_files
+            .into_iter()
+            .zip(plan.loras.iter().zip(description.loras))
+            .map(|(source, (lora, merged))| merged.record(lora, source))
+            .collect(),
         licences: plan.licences.clone(),
         files: BTreeMap::new(),
     };

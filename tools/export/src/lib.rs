@@ -10,6 +10,7 @@ mod describe;
 pub mod export;
 pub mod graph;
 pub mod layers;
+pub mod lora;
 pub mod onnx;
 pub mod plan;
 pub mod section;

@@ -11,6 +11,7 @@ use std::fmt;
 
 use crate::checkpoint::{TensorDType, TensorRef};
 use crate::graph::{Elem, Graph, Layout, Numbers, Value};
+use crate::lora::Delta;
 
 /// Tensors of at most this many elements may be read whole for computing tables.
 const MAX_TABLE: u64 = 1 << 24;
@@ -67,6 +68,18 @@ impl<'c> Section<'c> {
     #[must_use]
     pub fn has(&self, key: &str) -> bool {
         self.tensors.contains_key(key)
+    }
+
+    /// All keys, sorted.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Changes a tensor that is there, wherever it is read from now on.
+    pub(crate) fn merge(&mut self, key: &str, delta: Delta<'c>) {
+        if let Some(tensor) = self.tensors.get_mut(key) {
+            *tensor = tensor.clone().with_delta(delta);
+        }
     }
 
     /// Whether any key starts so.

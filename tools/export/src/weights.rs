@@ -53,6 +53,7 @@ pub fn write(
         }
         if let Some(message) = sink.bad {
             let (file, key) = origin(weight);
+            let message = format!("{message}{}", merged(weight));
             problems.push(Problem { file, key, message });
         }
     }
@@ -64,6 +65,18 @@ fn unreadable(weight: &Weight<'_>, source: CheckpointError) -> ExportError {
         key: origin(weight).1,
         source,
     }
+}
+
+/// Which LoRA entries a weight was changed by, for messages.
+fn merged(weight: &Weight<'_>) -> String {
+    let Numbers::Tensor(tensor, _) = &weight.numbers else {
+        return String::new();
+    };
+    let entries: Vec<&str> = tensor.deltas().iter().map(|d| &*d.entry).collect();
+    if entries.is_empty() {
+        return String::new();
+    }
+    format!(" after merging {}", entries.join(", "))
 }
 
 fn origin(weight: &Weight<'_>) -> (String, String) {

@@ -8,9 +8,11 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+mod lora;
 mod settings;
 mod stage;
 
+pub use lora::Lora;
 pub use settings::{
     BlurrySettings, EdgeSettings, EdmSchedule, Entrance, FewStepSampler, PriorSettings,
     PriorTables, RefinerEdgeSettings, RefinerSettings, UnclipSettings,
@@ -60,6 +62,9 @@ pub struct Manifest {
     pub tokenizers: Option<Tokenizers>,
     /// The checkpoints this bundle was made from.
     pub sources: Vec<Source>,
+    /// LoRA files that were merged into its networks, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub loras: Vec<Lora>,
     /// Licences of the weights, as the exporter was told.
     pub licences: Vec<String>,
     /// Every file of the bundle but the manifest, its signature and the engine cache.
@@ -275,6 +280,9 @@ impl Manifest {
                     self.check_listed(&format!("tokenizers.{field}"), path)?;
                 }
             }
+        }
+        for (at, lora) in self.loras.iter().enumerate() {
+            lora.validate(&format!("loras[{at}]"))?;
         }
         if let Some(blurry) = &self.blurry {
             positive("blurry.latent_scale", blurry.latent_scale)?;

@@ -20,6 +20,8 @@ use std::sync::Mutex;
 
 pub use pickle::PickleError;
 
+use crate::lora::Delta;
+
 /// Bytes read at a time.
 const BLOCK_BYTES: usize = 1 << 20;
 /// Storages that cannot be streamed (compressed or strided) are held whole up to this.
@@ -320,6 +322,7 @@ impl Checkpoint {
                         checkpoint: self,
                         name,
                         entry,
+                        deltas: Vec::new(),
                     },
                 )
             })
@@ -376,6 +379,8 @@ pub struct TensorRef<'c> {
     checkpoint: &'c Checkpoint,
     name: &'c str,
     entry: &'c Entry,
+    /// What LoRA files add to it.
+    deltas: Vec<Delta<'c>>,
 }
 
 impl fmt::Debug for TensorRef<'_> {
@@ -388,11 +393,24 @@ impl fmt::Debug for TensorRef<'_> {
     }
 }
 
-impl TensorRef<'_> {
+impl<'c> TensorRef<'c> {
     /// Key below its section.
     #[must_use]
-    pub fn name(&self) -> &str {
+    pub fn name(&self) -> &'c str {
         self.name
+    }
+
+    /// The tensor changed by a LoRA: its numbers are the sum from now on, however they are read.
+    #[must_use]
+    pub(crate) fn with_delta(mut self, delta: Delta<'c>) -> Self {
+        self.deltas.push(delta);
+        self
+    }
+
+    /// What LoRA files add to it.
+    #[must_use]
+    pub(crate) fn deltas(&self) -> &[Delta<'c>] {
+        &self.deltas
     }
 
     /// Name of the checkpoint's file, without its folder.
@@ -452,6 +470,30 @@ impl TensorRef<'_> {
     /// # Errors
     /// What reading brings, and what `consume` returns.
     pub fn for_each_f32_chunk(
+        &self,
+        mut consume: impl FnMut(u64, &[f32]) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
+        if self.deltas.is_empty() {
+            return self.for_each_stored_chunk(consume);
+        }
+        let factors = self
+            .deltas
+            .iter()
+            .map(Delta::factors)
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut merged = Vec::new();
+        self.for_each_stored_chunk(|offset, values| {
+            merged.clear();
+            merged.extend_from_slice(values);
+            for factors in &factors {
+                factors.add(offset, &mut merged);
+            }
+            consume(offset, &merged)
+        })
+    }
+
+    /// The numbers as they are in the file.
+    fn for_each_stored_chunk(
         &self,
         mut consume: impl FnMut(u64, &[f32]) -> Result<(), CheckpointError>,
     ) -> Result<(), CheckpointError> {

@@ -84,6 +84,7 @@ impl Plan {
             captioner,
             preview,
             subjects: Vec::new(),
+            loras: Vec::new(),
             settings,
             allow_unexpected,
             notes,

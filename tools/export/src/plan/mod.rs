@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use bundle::Precision;
 use serde::Deserialize;
 
+use crate::lora::Target;
+
 mod folder;
 mod recipe;
 mod settings;
@@ -104,12 +106,34 @@ pub struct Plan {
     pub preview: Option<PathBuf>,
     /// People to export; empty for all.
     pub subjects: Vec<SubjectPlan>,
+    /// LoRA files to merge, in order.
+    pub loras: Vec<LoraPlan>,
     /// What weights cannot tell.
     pub settings: ModelSettings,
     /// Export although the checkpoint holds tensors that the network does not know.
     pub allow_unexpected: bool,
     /// Usual files that were looked for and not found, and files that this version does not export.
     pub notes: Vec<String>,
+}
+
+/// One LoRA file to merge.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraPlan {
+    /// The file.
+    pub file: PathBuf,
+    /// The network it changes; with the refiner, its text towers too.
+    pub into: Target,
+    /// What its changes are multiplied with.
+    #[serde(default = "whole")]
+    pub weight: f32,
+    /// Names of entries, `*` standing for any characters, that may fit no layer or differ in shape.
+    #[serde(default)]
+    pub allow_unmatched: Vec<String>,
+}
+
+fn whole() -> f32 {
+    1.0
 }
 
 /// One person to export.
@@ -175,6 +199,20 @@ impl Plan {
         ] {
             if !(1..=65_536).contains(&value) {
                 return Err(field(name, "1..=65536", value.to_string()));
+            }
+        }
+        for (at, lora) in self.loras.iter().enumerate() {
+            if !lora.weight.is_finite() {
+                let name = format!("loras[{at}].weight");
+                return Err(field(&name, "a finite number", lora.weight.to_string()));
+            }
+            let (source, expected) = match lora.into {
+                Target::Refiner => (&self.sdxl, "a network of the sources: sources.sdxl"),
+                Target::Unclip => (&self.unclip, "a network of the sources: sources.unclip"),
+            };
+            if source.is_none() {
+                let found = format!("{}, which is not exported", lora.into.stage());
+                return Err(field(&format!("loras[{at}].into"), expected, found));
             }
         }
         let mut seen = BTreeSet::new();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use bundle::Precision;
 use serde::Deserialize;
 
-use super::{ModelSettings, Plan, PlanError, SubjectPlan, read_text};
+use super::{LoraPlan, ModelSettings, Plan, PlanError, SubjectPlan, read_text};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -22,6 +22,8 @@ struct Recipe {
     sources: Sources,
     #[serde(default)]
     subjects: Vec<SubjectPlan>,
+    #[serde(default)]
+    loras: Vec<LoraPlan>,
     #[serde(default)]
     settings: ModelSettings,
 }
@@ -63,6 +65,14 @@ impl Plan {
                 ..subject
             })
             .collect();
+        let loras = recipe
+            .loras
+            .into_iter()
+            .map(|lora| LoraPlan {
+                file: base.join(&lora.file),
+                ..lora
+            })
+            .collect();
         let plan = Plan {
             bundle_version: recipe.bundle_version,
             precision: recipe.precision,
@@ -76,6 +86,7 @@ impl Plan {
             captioner: at(recipe.sources.captioner),
             preview: at(recipe.sources.preview),
             subjects,
+            loras,
             settings: recipe.settings,
             allow_unexpected: recipe.allow_unexpected,
             notes: Vec::new(),
