@@ -54,6 +54,7 @@ pub struct Vectors {
     path: PathBuf,
     floats: BTreeMap<String, ArrayD<f32>>,
     ints: BTreeMap<String, Vec<i64>>,
+    doubles: BTreeMap<String, Vec<f64>>,
 }
 
 impl Vectors {
@@ -70,7 +71,8 @@ impl Vectors {
             path: path.clone(),
             source,
         })?;
-        let (mut floats, mut ints) = (BTreeMap::new(), BTreeMap::new());
+        let (mut floats, mut ints, mut doubles) =
+            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         for (name, view) in tensors.tensors() {
             match view.dtype() {
                 Dtype::F32 => {
@@ -90,10 +92,20 @@ impl Vectors {
                     };
                     ints.insert(name, view.data().chunks_exact(8).map(value).collect());
                 }
+                Dtype::F64 => {
+                    let (chunks, _) = view.data().as_chunks::<8>();
+                    let values = chunks.iter().map(|&chunk| f64::from_le_bytes(chunk));
+                    doubles.insert(name, values.collect());
+                }
                 _ => {}
             }
         }
-        Ok(Some(Vectors { path, floats, ints }))
+        Ok(Some(Vectors {
+            path,
+            floats,
+            ints,
+            doubles,
+        }))
     }
 
     /// A float tensor.
@@ -119,6 +131,13 @@ impl Vectors {
             .get(name)
             .map(Vec::as_slice)
             .ok_or_else(|| self.missing(name))
+    }
+
+    /// Double-precision tensors whose names begin with `prefix`, by the rest of their names.
+    pub fn doubles(&self, prefix: &str) -> impl Iterator<Item = (&str, &[f64])> {
+        self.doubles
+            .iter()
+            .filter_map(move |(name, values)| Some((name.strip_prefix(prefix)?, values.as_slice())))
     }
 
     /// Names of all float tensors.

@@ -6,11 +6,13 @@
 
 mod chain;
 mod golden;
+mod lora;
 mod networks;
 mod pictures;
 mod report;
 mod samplers;
 mod towers;
+mod weights;
 mod words;
 
 use std::fs;
@@ -21,6 +23,7 @@ use bundle::{Bundle, BundleError, Precision, Stage as StageSpec, StageName};
 use decoder::{Runtime, Stage};
 pub use golden::{GoldenError, Vectors};
 pub use report::{Report, Row, Tolerance, Verdict};
+pub use weights::WeightsError;
 
 /// Longest list of hashes that is read.
 const MAX_LIST_BYTES: u64 = 1 << 20;
@@ -93,6 +96,9 @@ pub enum CheckError {
     /// The reference vectors cannot be used.
     #[error("the reference vectors cannot be used")]
     Golden(#[from] GoldenError),
+    /// The bundle's weights cannot be read back.
+    #[error("the bundle's weights cannot be read back")]
+    Weights(#[from] WeightsError),
     /// No folder of reference vectors.
     #[error("{path} is not a folder")]
     NoFolder {
@@ -175,6 +181,7 @@ impl Parity {
         rows.extend(self.word_rows()?);
         rows.extend(self.picture_rows()?);
         rows.extend(self.chain_rows()?);
+        rows.extend(self.lora_rows()?);
         rows.extend(self.later_rows()?);
         let arithmetic = match self.precision() {
             Precision::Fp32 => "ONNX Runtime on the CPU, fp32",
@@ -227,7 +234,34 @@ impl Parity {
         Ok(Vectors::read(&self.golden, name)?)
     }
 
+    /// A stage of the checkpoint's own weights; none where a LoRA was merged into it, because the
+    /// vectors of the unmerged network do not belong to it.
     fn stage(&self, name: StageName) -> Result<Option<Stage>, CheckError> {
+        if self.is_merged(name) {
+            return Ok(None);
+        }
+        self.merged_stage(name)
+    }
+
+    fn is_merged(&self, name: StageName) -> bool {
+        let loras = &self.bundle.manifest().loras;
+        loras.iter().any(|lora| lora.merged.contains_key(&name))
+    }
+
+    /// Why [`Self::stage`] has none of these.
+    fn without(&self, names: &[StageName]) -> String {
+        let merged = names.iter().find(|name| self.is_merged(**name));
+        if let Some(name) = merged {
+            return format!("recorded without the LoRA that is merged into {name}");
+        }
+        let stages = &self.bundle.manifest().stages;
+        let missing = names.iter().filter(|name| !stages.contains_key(name));
+        let missing: Vec<&str> = missing.map(|name| name.as_str()).collect();
+        format!("the bundle has no {}", missing.join(", no "))
+    }
+
+    /// A stage, whatever was merged into it.
+    fn merged_stage(&self, name: StageName) -> Result<Option<Stage>, CheckError> {
         let Some(spec) = self.bundle.manifest().stages.get(&name) else {
             return Ok(None);
         };
@@ -242,15 +276,10 @@ impl Parity {
     }
 
     fn later_rows(&self) -> Rows {
-        let later = [
-            ("lora_kohya_sgm", "LoRA files are not merged yet"),
-            ("lora_kohya_diffusers", "LoRA files are not merged yet"),
-            ("lora_peft", "LoRA files are not merged yet"),
-            (
-                "schedulers",
-                "no network takes part; compared in the decoder's own tests",
-            ),
-        ];
+        let later = [(
+            "schedulers",
+            "no network takes part; compared in the decoder's own tests",
+        )];
         let present = |name: &str| self.golden.join(format!("io_{name}.safetensors")).is_file();
         let rows = later.iter().filter(|(name, _)| present(name));
         Ok(rows.map(|(name, note)| Row::absent(name, *note)).collect())

@@ -516,7 +516,10 @@ impl Parity {
                     "unet_unclip",
                     "recorded for another latent size",
                 )),
-                None => rows.push(Row::absent("unet_unclip", "the bundle has no unclip")),
+                None => rows.push(Row::absent(
+                    "unet_unclip",
+                    self.without(&[StageName::Unclip]),
+                )),
             }
         }
         if let Some(vectors) = self.vectors("vae_unclip")? {

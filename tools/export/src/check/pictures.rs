@@ -134,7 +134,7 @@ impl Parity {
             self.stage(StageName::RefinerVaeEncoder)?,
             self.stage(StageName::RefinerVaeDecoder)?,
         ) else {
-            rows.push(Row::absent("refiner", "the bundle has no refiner"));
+            rows.push(Row::absent("refiner", self.without(&[StageName::Refiner])));
             return Ok(rows);
         };
         if !fits(

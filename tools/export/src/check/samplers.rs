@@ -257,10 +257,8 @@ impl Parity {
                 self.stage(StageName::Unclip)?,
                 self.stage(StageName::VaeDecoder)?,
             ) else {
-                rows.push(Row::absent(
-                    name,
-                    "the bundle has no unclip or no vae_decoder",
-                ));
+                let needed = [StageName::Unclip, StageName::VaeDecoder];
+                rows.push(Row::absent(name, self.without(&needed)));
                 continue;
             };
             let latent = [

@@ -13,9 +13,9 @@ use super::{CheckError, Parity, Row, Rows, Tolerance, Vectors};
 /// be so small that rounding grows 1/sqrt(eps) = 316-fold; the same formulas in numpy, in single
 /// precision, are 3.3e-5 from the recorded ones (the original's own error is 1.1e-5), and ONNX
 /// Runtime's order of summation gives 8.1e-5. Real towers are 768 wide.
-const CLIP_L: Tolerance = Tolerance::Close(3e-4);
+pub(super) const CLIP_L: Tolerance = Tolerance::Close(3e-4);
 const OPEN_CLIP: Tolerance = Tolerance::Close(2e-5);
-const POOLED: Tolerance = Tolerance::Close(1e-5);
+pub(super) const POOLED: Tolerance = Tolerance::Close(1e-5);
 const CAPTION: Tolerance = Tolerance::Close(3e-5);
 const BRIDGE: Tolerance = Tolerance::Close(1e-5);
 const VISION: Tolerance = Tolerance::Close(6e-5);
@@ -24,7 +24,7 @@ const MOMENTS_SDXL: Tolerance = Tolerance::Close(4e-5);
 const VAE: Tolerance = Tolerance::Close(4e-5);
 
 /// Recorded ids `[row, token]` as the text stages take them.
-fn ids(vectors: &Vectors, name: &str, tokens: usize) -> Result<ArrayD<f32>, CheckError> {
+pub(super) fn ids(vectors: &Vectors, name: &str, tokens: usize) -> Result<ArrayD<f32>, CheckError> {
     let flat = as_floats(vectors.ints(name)?);
     let rows = flat.len() / tokens.max(1);
     Ok(flat
@@ -59,7 +59,8 @@ impl Parity {
             self.stage(StageName::TextEncoder1)?,
             self.stage(StageName::TextEncoder2)?,
         ) else {
-            return Ok(vec![Row::absent("text", "the bundle has no text encoders")]);
+            let towers = [StageName::TextEncoder1, StageName::TextEncoder2];
+            return Ok(vec![Row::absent("text", self.without(&towers))]);
         };
         let expected = vectors.floats("clip_l_hidden")?;
         let clip_l = ids(&vectors, "ids_clip_l", expected.shape()[1])?;
@@ -324,7 +325,10 @@ impl Parity {
                 "unet_sdxl",
                 "recorded for another latent size",
             )]),
-            None => Ok(vec![Row::absent("unet_sdxl", "the bundle has no refiner")]),
+            None => Ok(vec![Row::absent(
+                "unet_sdxl",
+                self.without(&[StageName::Refiner]),
+            )]),
         }
     }
 }
