@@ -76,7 +76,7 @@ fn merged(weight: &Weight<'_>) -> String {
     if entries.is_empty() {
         return String::new();
     }
-    format!(" after merging {}", entries.join(", "))
+    format!("; this is after merging {}", entries.join(", "))
 }
 
 fn origin(weight: &Weight<'_>) -> (String, String) {

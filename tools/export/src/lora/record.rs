@@ -58,14 +58,14 @@ impl Merged {
         let merged: Vec<String> = self
             .by_stage
             .iter()
-            .map(|(stage, count)| format!("{count} entries into {stage}"))
+            .map(|(stage, count)| format!("{stage} ({count})"))
             .collect();
         let merged = if merged.is_empty() {
-            "nothing".into()
+            "no stage".into()
         } else {
             merged.join(", ")
         };
-        say(&format!("{file}: merged {merged}"));
+        say(&format!("{file}: entries merged into {merged}"));
         for (names, why) in [
             (&self.unused, "its layer is not run by any stage"),
             (&self.left_out, "left out, as allow_unmatched says"),

@@ -141,3 +141,135 @@ impl Level {
         ends
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use proptest::prelude::*;
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
+
+    /// sgm's and diffusers' paths of a UNet, from the rules by which each numbers its blocks.
+    fn expected(blocks: u64, attention: &[bool]) -> Vec<(String, String)> {
+        let levels = attention.len() as u64;
+        let mut pairs = Vec::new();
+        let mut add = |sgm: String, diffusers: String| pairs.push((sgm, diffusers));
+        let residual = |at: String, to: String| {
+            [
+                (format!("{at}.in_layers.2"), format!("{to}.conv1")),
+                (format!("{at}.emb_layers.1"), format!("{to}.time_emb_proj")),
+                (format!("{at}.out_layers.3"), format!("{to}.conv2")),
+                (
+                    format!("{at}.skip_connection"),
+                    format!("{to}.conv_shortcut"),
+                ),
+            ]
+        };
+        let attend = |at: String, to: String| {
+            let query = "transformer_blocks.0.attn1.to_q";
+            [
+                (format!("{at}.{query}"), format!("{to}.{query}")),
+                (format!("{at}.proj_in"), format!("{to}.proj_in")),
+            ]
+        };
+        add("input_blocks.0.0".into(), "conv_in".into());
+        add("label_emb.0.2".into(), "add_embedding.linear_2".into());
+        add("time_embed.0".into(), "time_embedding.linear_1".into());
+        add("out.2".into(), "conv_out".into());
+        for (level, &attends) in (0_u64..).zip(attention) {
+            let first = 1 + level * (blocks + 1);
+            for block in 0..blocks {
+                let (at, to) = (first + block, format!("down_blocks.{level}"));
+                residual(
+                    format!("input_blocks.{at}.0"),
+                    format!("{to}.resnets.{block}"),
+                )
+                .into_iter()
+                .for_each(|(a, b)| add(a, b));
+                if attends {
+                    attend(
+                        format!("input_blocks.{at}.1"),
+                        format!("{to}.attentions.{block}"),
+                    )
+                    .into_iter()
+                    .for_each(|(a, b)| add(a, b));
+                }
+            }
+            if level + 1 < levels {
+                add(
+                    format!("input_blocks.{}.0.op", first + blocks),
+                    format!("down_blocks.{level}.downsamplers.0.conv"),
+                );
+            }
+        }
+        for (up, &attends) in (0_u64..).zip(attention.iter().rev()) {
+            let (first, to) = (up * (blocks + 1), format!("up_blocks.{up}"));
+            for block in 0..=blocks {
+                let at = first + block;
+                residual(
+                    format!("output_blocks.{at}.0"),
+                    format!("{to}.resnets.{block}"),
+                )
+                .into_iter()
+                .for_each(|(a, b)| add(a, b));
+                if attends {
+                    attend(
+                        format!("output_blocks.{at}.1"),
+                        format!("{to}.attentions.{block}"),
+                    )
+                    .into_iter()
+                    .for_each(|(a, b)| add(a, b));
+                }
+            }
+            if up + 1 < levels {
+                add(
+                    format!(
+                        "output_blocks.{}.{}.conv",
+                        first + blocks,
+                        1 + u64::from(attends)
+                    ),
+                    format!("{to}.upsamplers.0.conv"),
+                );
+            }
+        }
+        for (at, to) in [(0, 0), (2, 1)] {
+            residual(
+                format!("middle_block.{at}"),
+                format!("mid_block.resnets.{to}"),
+            )
+            .into_iter()
+            .for_each(|(a, b)| add(a, b));
+        }
+        attend("middle_block.1".into(), "mid_block.attentions.0".into())
+            .into_iter()
+            .for_each(|(a, b)| add(a, b));
+        pairs
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn every_depth_is_named_as_diffusers_names_it(
+            blocks in 1_u64..4,
+            attention in prop::collection::vec(any::<bool>(), 1..6),
+        ) {
+            let pairs = expected(blocks, &attention);
+            let views = pairs.iter().map(|(sgm, _)| {
+                let view = TensorView::new(Dtype::F32, vec![1, 1], &[0; 4]).expect("a tensor");
+                (format!("unet.{sgm}.weight"), view)
+            });
+            let bytes = safetensors::serialize(views, None).expect("a file");
+            let dir = tempfile::tempdir().expect("a folder");
+            let path = dir.path().join("unet.safetensors");
+            std::fs::write(&path, bytes).expect("written");
+            let checkpoint = Checkpoint::open(&path).expect("readable");
+            let section = Section::new("unet.safetensors", checkpoint.root());
+            let modules = modules(&section, "unet.");
+            for (sgm, name) in pairs {
+                prop_assert_eq!(diffusers(&modules, &sgm), Some(name), "{}", sgm);
+            }
+        }
+    }
+}

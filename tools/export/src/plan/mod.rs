@@ -207,11 +207,17 @@ impl Plan {
                 return Err(field(&name, "a finite number", lora.weight.to_string()));
             }
             let (source, expected) = match lora.into {
-                Target::Refiner => (&self.sdxl, "a network of the sources: sources.sdxl"),
-                Target::Unclip => (&self.unclip, "a network of the sources: sources.unclip"),
+                Target::Refiner => (
+                    &self.sdxl,
+                    "a network whose source is named, here sources.sdxl",
+                ),
+                Target::Unclip => (
+                    &self.unclip,
+                    "a network whose source is named, here sources.unclip",
+                ),
             };
             if source.is_none() {
-                let found = format!("{}, which is not exported", lora.into.stage());
+                let found = format!("{} without it", lora.into.stage());
                 return Err(field(&format!("loras[{at}].into"), expected, found));
             }
         }
