@@ -92,6 +92,9 @@ impl Parity {
                 "recorded with other checkpoints",
             )]);
         }
+        if !self.bundle.manifest().loras.is_empty() {
+            return Ok(vec![Row::absent("chain", "recorded without LoRA files")]);
+        }
         let Some(subject) = self
             .bundle
             .manifest()

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
+use bundle::StageName;
 use decoder::text::{ClipTokenizer, Padding, Prompter, WordPiece};
 use ndarray::{ArrayD, Axis, Slice};
 use serde::Deserialize;
@@ -172,6 +173,11 @@ impl Parity {
         let (Some(config), Some(recorded)) = (self.json::<Config>("config.json")?, recorded) else {
             return Ok(Vec::new());
         };
+        let towers = [StageName::TextEncoder1, StageName::TextEncoder2];
+        if towers.iter().any(|tower| self.is_merged(*tower)) {
+            let note = format!("uc_*, empty_*: {}", self.without(&towers));
+            return Ok(vec![Row::absent("sdxl_cond", note)]);
+        }
         let Some(prompter) = Prompter::open(&self.runtime, &self.bundle)? else {
             return Ok(vec![Row::absent(
                 "sdxl_cond",
