@@ -101,6 +101,8 @@ fn fp32_bundle_of_the_folder_is_within_every_tolerance() {
         "refiner",
         "git",
         "pipeline",
+        "chain",
+        "schedulers",
         "sdxl_cond",
         "clip_token_cases",
         "wordpiece_cases",

@@ -11,6 +11,7 @@ mod networks;
 mod pictures;
 mod report;
 mod samplers;
+mod schedulers;
 mod towers;
 mod weights;
 mod words;
@@ -182,7 +183,7 @@ impl Parity {
         rows.extend(self.picture_rows()?);
         rows.extend(self.chain_rows()?);
         rows.extend(self.lora_rows()?);
-        rows.extend(self.later_rows()?);
+        rows.extend(self.scheduler_rows()?);
         let arithmetic = match self.precision() {
             Precision::Fp32 => "ONNX Runtime on the CPU, fp32",
             Precision::Fp16 => "ONNX Runtime on the CPU: fp16 weights, fp32 arithmetic",
@@ -273,15 +274,5 @@ impl Parity {
             stage: name.into(),
             source,
         })
-    }
-
-    fn later_rows(&self) -> Rows {
-        let later = [(
-            "schedulers",
-            "no network takes part; compared in the decoder's own tests",
-        )];
-        let present = |name: &str| self.golden.join(format!("io_{name}.safetensors")).is_file();
-        let rows = later.iter().filter(|(name, _)| present(name));
-        Ok(rows.map(|(name, note)| Row::absent(name, *note)).collect())
     }
 }

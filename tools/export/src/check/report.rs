@@ -166,6 +166,15 @@ impl Row {
         self
     }
 
+    /// The row as out of tolerance for another reason than its numbers.
+    #[must_use]
+    pub fn failed(self, why: &str) -> Row {
+        Row {
+            verdict: Verdict::Fail,
+            ..self.remark(why)
+        }
+    }
+
     /// The row with a remark.
     #[must_use]
     pub fn remark(mut self, note: &str) -> Row {
