@@ -54,7 +54,11 @@ async fn fill(board: Board, scene: Scene) -> Result<(), Box<dyn std::error::Erro
     for trial in 1.. {
         let stimulus_at_ms =
             u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis())?;
-        for (kind, side, wait) in [(Kind::Blurry, 64, 900), (Kind::Unrefined, 256, 1500)] {
+        for (kind, side, wait) in [
+            (Kind::Blurry, 64, 900),
+            (Kind::Unrefined, 256, 1500),
+            (Kind::Refined, 256, 1500),
+        ] {
             tokio::time::sleep(Duration::from_millis(wait)).await;
             board.picture(Shown {
                 run: 2,
@@ -75,6 +79,9 @@ async fn fill(board: Board, scene: Scene) -> Result<(), Box<dyn std::error::Erro
                 steps: 4,
                 fidelity: "edge".to_owned(),
             })?;
+            if kind == Kind::Unrefined {
+                board.caption(2, trial, "a green hill under a wide sky".to_owned());
+            }
             board.volume(2, 41 + trial);
         }
         if scene == Scene::Still {

@@ -472,6 +472,26 @@ fn state_comes_at_once_and_with_every_picture() {
 }
 
 #[test]
+fn caption_and_refined_picture_follow_the_picture_they_belong_to() {
+    let server = Server::start(Options::default());
+    server.board.session(info(false));
+    let newest = || server.get("/api/trials").json()["trials"][0].clone();
+    // Words without a picture have nothing to describe.
+    server.board.caption(1, 1, "a boat".to_owned());
+    server.board.picture(shown(1, 1, Kind::Unrefined)).unwrap();
+    assert!(newest()["caption"].is_null());
+    let words = "a <b>boat</b> on a lake";
+    server.board.caption(1, 1, words.to_owned());
+    assert_eq!(newest()["caption"], words);
+    server.board.picture(shown(1, 1, Kind::Refined)).unwrap();
+    let trial = newest();
+    assert_eq!(trial["kinds"][1]["kind"], "refined");
+    assert_eq!(trial["caption"], words);
+    let url = trial["kinds"][1]["url"].as_str().unwrap().to_owned();
+    assert_eq!(server.get(&url).status, 200);
+}
+
+#[test]
 fn faults_are_not_for_the_bedside() {
     let server = Server::start(Options::default());
     server.board.fault("sentence for the operator".to_owned());
