@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use bundle::StageName;
 use decoder::caption::{Captioner, SpecialTokens};
-use ndarray::{ArrayD, Axis, Ix3, IxDyn};
+use decoder::vision;
+use ndarray::{ArrayD, Axis, Ix3, Ix4, IxDyn};
 
 use super::networks::{as_floats, call, fits, fixed, take};
 use super::{CheckError, Parity, Row, Rows, Tolerance, Vectors};
@@ -19,6 +20,8 @@ pub(super) const POOLED: Tolerance = Tolerance::Close(1e-5);
 const CAPTION: Tolerance = Tolerance::Close(3e-5);
 const BRIDGE: Tolerance = Tolerance::Close(1e-5);
 const VISION: Tolerance = Tolerance::Close(6e-5);
+const PREPROCESSED: Tolerance = Tolerance::Close(3e-4);
+const VISION_RESIZED: Tolerance = Tolerance::Close(1e-4);
 const MOMENTS: Tolerance = Tolerance::Close(3e-5);
 const MOMENTS_SDXL: Tolerance = Tolerance::Close(4e-5);
 const VAE: Tolerance = Tolerance::Close(4e-5);
@@ -207,7 +210,7 @@ impl Parity {
                 "recorded for another size",
             )]);
         }
-        let images = decoder::vision::normalise(images.view());
+        let images = vision::normalise(images.view());
         let clock = Instant::now();
         let mut outputs = call(&stage, "image_encoder", &[("image", images.view())])?;
         let time = clock.elapsed();
@@ -228,6 +231,22 @@ impl Parity {
                 VISION,
             );
             rows.push(row.remark("from the recorded preprocessing"));
+            let image = of("image_odd")?.clone().into_dimensionality::<Ix4>();
+            let image = image.unwrap_or_default();
+            let side = [odd.shape()[2], odd.shape()[3]];
+            let own = vision::normalise(vision::resize(image.view(), side).into_dyn().view());
+            let mut outputs = call(&stage, "image_encoder", &[("image", own.view())])?;
+            let tokens = take(&mut outputs, "tokens");
+            let expected = of("tokens_odd")?;
+            let row = self.compared(
+                "clip_vision",
+                "tokens_odd",
+                &tokens,
+                expected,
+                VISION_RESIZED,
+            );
+            rows.push(self.compared("clip_vision", "preprocessed_odd", &own, odd, PREPROCESSED));
+            rows.push(row.remark("from our own preprocessing"));
         }
         Ok(rows)
     }
