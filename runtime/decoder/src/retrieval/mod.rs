@@ -1,6 +1,46 @@
 //! Which pictures of a pool a brain's embedding resembles most.
+//!
+//! [`PoolWriter`] makes the file, on the workstation; [`Pool`] maps it, on the box. [`similarities`]
+//! and [`top`] are the plain way, for embeddings in memory.
+
+mod layout;
+mod pool;
+mod sketch;
+mod write;
+
+pub use pool::{EncoderDigest, Hit, Pool};
+pub use write::{PoolShape, PoolWriter};
 
 use ndarray::{Array1, Array2, ArrayView2};
+
+/// Why a pool cannot be read, asked or written.
+#[derive(Debug, thiserror::Error)]
+pub enum PoolError {
+    /// The file cannot be read.
+    #[error("cannot read the pool")]
+    Read(#[source] std::io::Error),
+    /// The file cannot be written.
+    #[error("cannot write the pool")]
+    Write(#[source] std::io::Error),
+    /// Something in it, or in the question, is not as it must be.
+    #[error("{field}: expected {expected}, found {found}")]
+    Field {
+        /// What is wrong.
+        field: String,
+        /// What is allowed.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the target is single precision"
+)]
+fn narrow(value: f64) -> f32 {
+    value as f32
+}
 
 /// Cosine similarities of flattened embeddings.
 ///
