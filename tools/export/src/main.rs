@@ -9,6 +9,7 @@ use export::check::{self, CheckOptions};
 use export::checkpoint::{Checkpoint, inspect};
 use export::export::export;
 use export::plan::Plan;
+use export::pool::{PoolOptions, embed};
 use export::section::chain;
 
 /// Turns trained MindEye2 checkpoints into signed bundles for the Afterimage box.
@@ -52,6 +53,8 @@ enum Command {
         #[arg(long)]
         onnxruntime: Option<PathBuf>,
     },
+    /// Embed candidate pictures for retrieval with a bundle's image encoder
+    Pool(PoolArgs),
     /// Generate a key pair; existing files are never overwritten
     Keygen {
         /// Where the secret key goes; keep it on this workstation
@@ -100,6 +103,25 @@ struct BundleArgs {
     out: PathBuf,
 }
 
+#[derive(Args)]
+struct PoolArgs {
+    /// The bundle
+    #[arg(long)]
+    bundle: PathBuf,
+    /// Folder of PNG and JPEG files; folders in it are looked into
+    #[arg(long)]
+    images: PathBuf,
+    /// The pool's file; must not exist yet
+    #[arg(long)]
+    out: PathBuf,
+    /// Keep all tokens, also where the file exceeds 4 GiB; otherwise large pools keep sketches
+    #[arg(long)]
+    exact: bool,
+    /// The ONNX Runtime library (default: ORT_DYLIB_PATH, then beside this program)
+    #[arg(long)]
+    onnxruntime: Option<PathBuf>,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum PrecisionArg {
     /// Single precision: CPUs, parity runs
@@ -143,6 +165,7 @@ fn main() -> ExitCode {
                 Err(error) => fail(&error),
             };
         }
+        Command::Pool(args) => run_pool(args),
         Command::Keygen { secret, public } => bundle::generate_keys(&secret, &public, None)
             .map_err(Failure::from)
             .and_then(|key| {
@@ -188,10 +211,6 @@ fn run_bundle(args: BundleArgs) -> Result<(), Failure> {
         _ => return Err("give --recipe FILE, or --folder DIR with --precision".into()),
     };
     plan.allow_unexpected |= args.allow_unexpected;
-    let mut progress = |line: &str| {
-        // Progress is a courtesy; a closed standard error does not stop an export.
-        let _ = writeln!(std::io::stderr(), "{line}");
-    };
     for note in &plan.notes {
         progress(&format!("note: {note}"));
     }
@@ -200,6 +219,33 @@ fn run_bundle(args: BundleArgs) -> Result<(), Failure> {
         "{}: {} bundle, not signed yet",
         args.out.display(),
         plan.precision
+    ))
+}
+
+/// Progress is a courtesy; a closed standard error stops nothing.
+fn progress(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+fn run_pool(args: PoolArgs) -> Result<(), Failure> {
+    let options = PoolOptions {
+        bundle: args.bundle,
+        images: args.images,
+        out: args.out,
+        exact: args.exact,
+        onnxruntime: args.onnxruntime,
+    };
+    let summary = embed(&options, &mut progress)?;
+    say(&format!(
+        "{}: {} pictures, {}, {} bytes",
+        options.out.display(),
+        summary.pictures,
+        if summary.exact {
+            "all tokens"
+        } else {
+            "sketches only"
+        },
+        summary.len_bytes
     ))
 }
 
