@@ -4,6 +4,7 @@ use std::error::Error;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use crate::fuzz;
 use crate::onnxruntime;
 use crate::workspace;
 
@@ -39,7 +40,26 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
     let mut tests = cargo(&["test", "--workspace", "--locked"]);
     tests.env(onnxruntime::OVERRIDE, &library);
     step("tests", tests)?;
+    fuzzing()?;
     println!("all passed in {:.0} s", began.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// Seconds that every fuzz target runs in a check: enough for the seeds and what mutations find at once.
+const FUZZ_SECONDS: u32 = 8;
+
+/// Every fuzz target for a moment, where a nightly toolchain and `cargo-fuzz` are installed.
+fn fuzzing() -> Result<(), fuzz::FuzzError> {
+    if !fuzz::present() {
+        println!("fuzzing: not done, it needs a nightly toolchain and cargo-fuzz");
+        return Ok(());
+    }
+    let began = Instant::now();
+    fuzz::briefly(FUZZ_SECONDS)?;
+    println!(
+        "fuzzing: passed after {:.1} s",
+        began.elapsed().as_secs_f64()
+    );
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 
 mod checks;
 mod demo;
+mod fuzz;
 mod onnxruntime;
 mod synth;
 mod workspace;
@@ -27,6 +28,8 @@ struct Arguments {
 enum Chore {
     /// Simulated scanner, random weights, the real daemon, pictures in the browser.
     Demo(demo::Request),
+    /// Runs the fuzz targets; needs a nightly toolchain and cargo-fuzz.
+    Fuzz(fuzz::Request),
     /// Fetches ONNX Runtime's shared library with pip and checks it.
     Onnxruntime {
         /// Fetch the library of another architecture (x86_64, aarch64), for packaging.
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
             .map_err(Into::into),
         Chore::Onnxruntime { arch: None } => onnxruntime::ensure().map(|_| ()).map_err(Into::into),
         Chore::Demo(request) => demo::run(&request).map_err(Into::into),
+        Chore::Fuzz(request) => fuzz::run(&request).map_err(Into::into),
         Chore::Test => checks::run(),
         Chore::Synth(request) => synth::write(&request).map_err(Into::into),
     };

@@ -8,10 +8,10 @@
 //! The weights keep the variance of what passes through them, so the networks give finite, non-constant output. They
 //! mean nothing: `config.json` says `random_weights`, and everything made of them has to say so too.
 
-mod container;
+pub(crate) mod container;
 mod fill;
 mod layout;
-mod pickle;
+pub(crate) mod pickle;
 mod schedule;
 mod size;
 
