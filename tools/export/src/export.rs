@@ -19,7 +19,7 @@ use bundle::{
 use prost::Message;
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::{Checkpoint, CheckpointError, TensorRef};
+use crate::checkpoint::{Checkpoint, CheckpointError, Part, TensorRef};
 use crate::describe::{Description, describe};
 use crate::graph::Graph;
 use crate::plan::Plan;
@@ -30,6 +30,9 @@ use crate::weights;
 pub(crate) const LORA: &str = "lora";
 /// Largest mask that is carried in a bundle.
 const MAX_MASK_BYTES: u64 = 64 << 20;
+
+/// What every key starts with where a model was saved in its wrapper.
+const WRAPPER: &str = "module.";
 
 /// Why no bundle was written.
 #[derive(Debug, thiserror::Error)]
@@ -144,15 +147,21 @@ impl Opened {
 
     /// The tensors under the checkpoint's usual key, or at its root.
     pub(crate) fn section(&self, root: Option<&str>) -> Result<Section<'_>, Problem> {
-        let tensors = match root {
-            Some(root) => self.checkpoint.section(root).map_err(|error| Problem {
+        let mut tensors = match root {
+            Some(root) => self.checkpoint.model(root).map_err(|error| Problem {
                 file: self.file(),
                 key: root.into(),
                 message: chain(&error),
             })?,
             None => self.checkpoint.root(),
         };
-        Ok(Section::new(&self.file(), tensors))
+        // Training on several GPUs wraps the model once more; the original loader takes that off too.
+        if tensors.iter().all(|(key, _)| key.starts_with(WRAPPER)) {
+            for (key, _) in &mut tensors {
+                key.drain(..WRAPPER.len());
+            }
+        }
+        Ok(Section::new(&self.file(), tensors).spelt(self.checkpoint.names()))
     }
 }
 
@@ -205,6 +214,7 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
                 .iter()
                 .map(hash_source)
                 .collect::<Result<Vec<_>, _>>()
+                .map(|sources| sources.concat())
         });
         let written = write_stages(&description.planned, &mut writer, say);
         let sources = hashing
@@ -309,12 +319,18 @@ fn add_mask(writer: &mut BundleWriter, id: &str, path: &Path) -> Result<String, 
     Ok(relative)
 }
 
-fn hash_source(opened: &Opened) -> Result<Source, ExportError> {
+/// One row for each file that the checkpoint consists of, its index and settings included.
+fn hash_source(opened: &Opened) -> Result<Vec<Source>, ExportError> {
+    let parts = opened.checkpoint.parts().iter();
+    parts.map(|part| hash_part(opened.role, part)).collect()
+}
+
+fn hash_part(role: &str, part: &Part) -> Result<Source, ExportError> {
     let error = |source| ExportError::Read {
-        path: opened.path.clone(),
+        path: part.path.clone(),
         source,
     };
-    let mut file = File::open(&opened.path).map_err(error)?;
+    let mut file = File::open(&part.path).map_err(error)?;
     let (mut hasher, mut len_bytes, mut block) = (Sha256::new(), 0_u64, vec![0_u8; 1 << 20]);
     loop {
         let read = file.read(&mut block).map_err(error)?;
@@ -330,8 +346,8 @@ fn hash_source(opened: &Opened) -> Result<Source, ExportError> {
         .map(|byte| format!("{byte:02x}"))
         .collect();
     Ok(Source {
-        role: opened.role.into(),
-        file: opened.file(),
+        role: role.into(),
+        file: part.name.clone(),
         len_bytes,
         sha256,
     })

@@ -33,7 +33,7 @@ struct Cli {
 enum Command {
     /// List the tensors of a checkpoint without loading them
     Inspect {
-        /// A .pth, .ckpt or .safetensors file
+        /// A .pth, .ckpt or .safetensors file, an index of shards (.index.json), or a folder of DeepSpeed ZeRO or diffusers
         file: PathBuf,
     },
     /// Build a bundle from checkpoints

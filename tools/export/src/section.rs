@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::checkpoint::{TensorDType, TensorRef};
+use crate::checkpoint::{Names, TensorRef};
 use crate::graph::{Elem, Graph, Layout, Numbers, Value};
 use crate::lora::Delta;
 
@@ -44,6 +44,7 @@ pub fn show_shape(shape: &[u64]) -> String {
 #[derive(Debug)]
 pub struct Section<'c> {
     file: String,
+    names: Option<&'c Names>,
     tensors: BTreeMap<String, TensorRef<'c>>,
     used: RefCell<BTreeSet<String>>,
     problems: RefCell<Vec<Problem>>,
@@ -58,10 +59,18 @@ impl<'c> Section<'c> {
     ) -> Section<'c> {
         Section {
             file: file.into(),
+            names: None,
             tensors: tensors.into_iter().collect(),
             used: RefCell::default(),
             problems: RefCell::default(),
         }
+    }
+
+    /// The same section; messages also have the file's own spelling of each key.
+    #[must_use]
+    pub fn spelt(mut self, names: &'c Names) -> Section<'c> {
+        self.names = Some(names);
+        self
     }
 
     /// Whether a tensor of this key is there.
@@ -152,9 +161,12 @@ impl<'c> Section<'c> {
 
     /// Notes a problem.
     pub fn problem(&self, key: &str, message: String) {
+        let tensor = self.tensors.get(key);
         let problem = Problem {
-            file: self.file.clone(),
-            key: key.into(),
+            file: tensor.map_or_else(|| self.file.clone(), TensorRef::file_name),
+            key: self
+                .names
+                .map_or_else(|| key.into(), |names| names.label(key)),
             message,
         };
         let mut problems = self.problems.borrow_mut();
@@ -186,10 +198,7 @@ impl<'c> Section<'c> {
             );
             return None;
         }
-        if !matches!(
-            tensor.dtype(),
-            TensorDType::F16 | TensorDType::BF16 | TensorDType::F32 | TensorDType::F64
-        ) {
+        if !tensor.dtype().is_float() {
             self.problem(
                 key,
                 format!("expected floating-point numbers, found {}", tensor.dtype()),
@@ -334,12 +343,7 @@ impl<'c> Section<'c> {
     pub fn check_all_finite(&self) {
         let used: Vec<String> = self.used.borrow().iter().cloned().collect();
         for key in used {
-            let float = |tensor: &&TensorRef<'c>| {
-                matches!(
-                    tensor.dtype(),
-                    TensorDType::F16 | TensorDType::BF16 | TensorDType::F32 | TensorDType::F64
-                )
-            };
+            let float = |tensor: &&TensorRef<'c>| tensor.dtype().is_float();
             if let Some(tensor) = self.tensors.get(&key).filter(float) {
                 self.check_finite(&key, tensor);
             }

@@ -81,7 +81,7 @@ fn merged(weight: &Weight<'_>) -> String {
 
 fn origin(weight: &Weight<'_>) -> (String, String) {
     match &weight.numbers {
-        Numbers::Tensor(tensor, _) => (tensor.file_name(), tensor.name().to_owned()),
+        Numbers::Tensor(tensor, _) => (tensor.file_name(), tensor.label()),
         _ => ("computed".into(), weight.name.clone()),
     }
 }

@@ -123,9 +123,9 @@ pub struct Tokenizers {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// What it was used for, e.g. `mindeye`.
+    /// What it was used for, e.g. `mindeye`; a checkpoint of several files has one entry for each.
     pub role: String,
-    /// File name without its folder.
+    /// File name without its folder; where the checkpoint is a folder, with the path from that folder's name on.
     pub file: String,
     /// Length in bytes.
     pub len_bytes: u64,

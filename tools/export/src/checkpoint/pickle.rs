@@ -7,9 +7,12 @@
 //! hostile file can exhaust stack or memory.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 
-/// Most values one pickle may build.
-const MAX_VALUES: usize = 8_000_000;
+/// Most values one pickle may build, and most places on its stack.
+const MAX_VALUES: usize = 4_000_000;
+/// Longest name of a tensor, dictionary key or storage.
+pub(super) const MAX_NAME_BYTES: usize = 1024;
 
 /// Index of a value in its arena.
 pub(super) type Id = usize;
@@ -27,8 +30,8 @@ pub(super) enum Value {
     List(Vec<Id>),
     Dict(Vec<(Id, Id)>),
     Global(Global),
-    Storage(StorageRef),
-    Tensor(TensorValue),
+    Storage(Rc<StorageRef>),
+    Tensor(Rc<TensorValue>),
     Mark,
 }
 
@@ -43,6 +46,10 @@ pub(super) enum Global {
     OneCycleLr,
     /// `getattr`, only to be applied to [`Global::OneCycleLr`]; never called.
     Getattr,
+    /// `torch.Size`: a call gives its tuple.
+    Size,
+    /// DeepSpeed's `ZeroStageEnum`: a call gives its number.
+    ZeroStage,
     /// Calls give opaque values.
     Inert,
 }
@@ -58,7 +65,7 @@ pub(super) struct StorageRef {
 /// A tensor as a pickle describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct TensorValue {
-    pub(super) storage: StorageRef,
+    pub(super) storage: Rc<StorageRef>,
     pub(super) offset: u64,
     pub(super) shape: Vec<u64>,
     pub(super) strides: Vec<u64>,
@@ -133,9 +140,39 @@ impl Pickled {
     /// Every storage that is named anywhere.
     pub(super) fn storages(&self) -> impl Iterator<Item = &StorageRef> {
         self.values.iter().filter_map(|value| match value {
-            Value::Storage(storage) => Some(storage),
+            Value::Storage(storage) => Some(&**storage),
             _ => None,
         })
+    }
+
+    /// The value of a key of a dictionary; the last one where it stands several times, as in Python.
+    pub(super) fn item(&self, dict: Id, key: &str) -> Option<Id> {
+        let Value::Dict(items) = self.get(dict) else {
+            return None;
+        };
+        let named = |id: Id| matches!(self.get(id), Value::Text(text) if text == key);
+        items
+            .iter()
+            .rev()
+            .find(|(name, _)| named(*name))
+            .map(|(_, value)| *value)
+    }
+
+    /// Lengths of the axes in a tuple or list.
+    pub(super) fn axes(&self, id: Id) -> Option<Vec<u64>> {
+        let (Value::Tuple(items) | Value::List(items)) = self.get(id) else {
+            return None;
+        };
+        if items.len() > 16 {
+            return None;
+        }
+        items
+            .iter()
+            .map(|&item| match self.get(item) {
+                Value::Int(len) => u64::try_from(*len).ok(),
+                _ => None,
+            })
+            .collect()
     }
 }
 
@@ -229,8 +266,20 @@ impl Machine<'_> {
             });
         }
         self.values.push(value);
-        self.stack.push(self.values.len() - 1);
-        Ok(self.values.len() - 1)
+        let id = self.values.len() - 1;
+        self.push_again(id)?;
+        Ok(id)
+    }
+
+    /// A value that exists already, once more on the stack.
+    fn push_again(&mut self, id: Id) -> Step<()> {
+        if self.stack.len() >= MAX_VALUES {
+            return Err(PickleError::TooMany {
+                offset: self.opcode_at,
+            });
+        }
+        self.stack.push(id);
+        Ok(())
     }
 
     fn pop(&mut self) -> Step<Id> {
@@ -281,10 +330,7 @@ impl Machine<'_> {
 
     fn recall(&mut self, key: u64) -> Step<()> {
         match self.memo.get(&key) {
-            Some(&id) => {
-                self.stack.push(id);
-                Ok(())
-            }
+            Some(&id) => self.push_again(id),
             None => self.malformed("a value that was stored before"),
         }
     }
@@ -309,7 +355,7 @@ impl Machine<'_> {
                 b'1' => self.pop_mark().map(drop)?,
                 b'2' => {
                     let id = self.top()?;
-                    self.stack.push(id);
+                    self.push_again(id)?;
                 }
                 b'N' => self.push(Value::None).map(drop)?,
                 0x88 | 0x89 => self.push(Value::Bool(opcode == 0x88)).map(drop)?,
@@ -491,12 +537,18 @@ impl Machine<'_> {
             ("torch", "BoolStorage") => Global::Storage(D::Bool),
             ("torch.optim.lr_scheduler", "OneCycleLR") => Global::OneCycleLr,
             ("__builtin__" | "builtins", "getattr") => Global::Getattr,
+            ("torch", "Size") => Global::Size,
+            ("deepspeed.runtime.zero.config", "ZeroStageEnum") => Global::ZeroStage,
             ("__builtin__" | "builtins", "set" | "frozenset" | "complex" | "slice")
             | (
                 "torch",
-                "Size" | "device" | "float32" | "float16" | "bfloat16" | "float64" | "int64",
+                "device" | "float32" | "float16" | "bfloat16" | "float64" | "int64",
             )
             | ("_codecs", "encode")
+            // What DeepSpeed's engine saves beside the weights, and the arguments of a training script.
+            | ("deepspeed.runtime.fp16.loss_scaler", "LossScaler" | "DynamicLossScaler")
+            | ("deepspeed.utils.tensor_fragment", "fragment_address")
+            | ("argparse", "Namespace")
             | ("numpy", "dtype" | "ndarray")
             | ("numpy.core.multiarray" | "numpy._core.multiarray", "scalar" | "_reconstruct") => {
                 Global::Inert
@@ -529,14 +581,35 @@ impl Machine<'_> {
             }
             Value::Global(Global::Getattr) => match arguments.first().map(|&id| &self.values[id]) {
                 Some(Value::Global(Global::OneCycleLr)) if arguments.len() == 2 => Value::Opaque,
+                // Python 3.11 pickles a member of an enumeration by its name.
+                Some(Value::Global(Global::ZeroStage)) if arguments.len() == 2 => {
+                    match &self.values[arguments[1]] {
+                        Value::Text(name) if name == "disabled" => Value::Int(0),
+                        Value::Text(name) if name == "optimizer_states" => Value::Int(1),
+                        Value::Text(name) if name == "gradients" => Value::Int(2),
+                        Value::Text(name) if name == "weights" => Value::Int(3),
+                        _ => return self.malformed("a stage of ZeRO"),
+                    }
+                }
                 _ => {
                     return Err(PickleError::Call {
                         offset: self.opcode_at,
-                        what: "getattr on something else than torch.optim.lr_scheduler.OneCycleLR"
+                        what: "getattr on something else than torch.optim.lr_scheduler.OneCycleLR \
+                               and deepspeed.runtime.zero.config.ZeroStageEnum"
                             .into(),
                     });
                 }
             },
+            Value::Global(Global::Size) => match arguments.first().map(|&id| &self.values[id]) {
+                Some(Value::Tuple(lens)) if lens.len() <= 16 => Value::Tuple(lens.clone()),
+                _ => return self.malformed("a tuple of at most 16 lengths for torch.Size"),
+            },
+            Value::Global(Global::ZeroStage) => {
+                match arguments.first().map(|&id| &self.values[id]) {
+                    Some(Value::Int(stage)) => Value::Int(*stage),
+                    _ => return self.malformed("the number of a stage of ZeRO"),
+                }
+            }
             Value::Global(Global::Inert | Global::OrderedDict) => Value::Opaque,
             other => {
                 let what = match other {
@@ -565,12 +638,12 @@ impl Machine<'_> {
         if shape.len() != strides.len() {
             return self.malformed("as many strides as axes");
         }
-        Ok(Value::Tensor(TensorValue {
+        Ok(Value::Tensor(Rc::new(TensorValue {
             storage: storage.clone(),
             offset,
             shape,
             strides,
-        }))
+        })))
     }
 
     fn lens(&self, id: Id) -> Step<Vec<u64>> {
@@ -597,6 +670,13 @@ impl Machine<'_> {
         let Value::Tuple(items) = &self.values[id] else {
             return self.malformed("a storage reference");
         };
+        // The sixth of the legacy container told of views, before PyTorch 0.4.
+        if items
+            .get(5)
+            .is_some_and(|&view| self.values[view] != Value::None)
+        {
+            return self.malformed("a storage that is no view of another one");
+        }
         let parts: Vec<&Value> = items
             .iter()
             .take(5)
@@ -618,11 +698,11 @@ impl Machine<'_> {
         let Ok(elements) = u64::try_from(*elements) else {
             return self.malformed("a storage of at least 0 elements");
         };
-        let storage = StorageRef {
+        let storage = Rc::new(StorageRef {
             dtype: *dtype,
             key: key.clone(),
             elements,
-        };
+        });
         self.push(Value::Storage(storage)).map(drop)
     }
 }

@@ -9,41 +9,70 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
 
-use super::{CheckpointError, Container, Contents, Entry, Storage, TensorDType};
+use super::storage::Storage;
+use super::tensor::{Entry, View};
+use super::{CheckpointError, Container, Contents, TensorDType};
 
 /// Longest header, as the reference implementation has it.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// Most axes of a tensor.
+const MAX_AXES: usize = 16;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Described {
     dtype: String,
+    #[serde(deserialize_with = "axes")]
     shape: Vec<u64>,
     data_offsets: [u64; 2],
 }
 
-/// Entries in file order, duplicates kept so that they can be refused.
-struct Header(Vec<(String, serde_json::Value)>);
-
-impl<'de> Deserialize<'de> for Header {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries;
-        impl<'de> Visitor<'de> for Entries {
-            type Value = Header;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object of tensors")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
+/// Lengths of at most [`MAX_AXES`] axes.
+fn axes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D::Error> {
+    struct Axes;
+    impl<'de> Visitor<'de> for Axes {
+        type Value = Vec<u64>;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {MAX_AXES} lengths")
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<u64>, A::Error> {
+            let mut axes = Vec::new();
+            while let Some(len) = seq.next_element()? {
+                if axes.len() == MAX_AXES {
+                    return Err(A::Error::invalid_length(MAX_AXES + 1, &self));
                 }
-                Ok(Header(entries))
+                axes.push(len);
+            }
+            Ok(axes)
+        }
+    }
+    deserializer.deserialize_seq(Axes)
+}
+
+/// Members of a JSON object in file order, unread; duplicates are kept so that they can be refused.
+pub(super) struct Members(pub(super) Vec<(String, Box<RawValue>)>);
+
+impl<'de> Deserialize<'de> for Members {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Each;
+        impl<'de> Visitor<'de> for Each {
+            type Value = Members;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
+                let mut members = Vec::new();
+                while let Some(member) = map.next_entry()? {
+                    members.push(member);
+                }
+                Ok(Members(members))
             }
         }
-        deserializer.deserialize_map(Entries)
+        deserializer.deserialize_map(Each)
     }
 }
 
@@ -64,7 +93,7 @@ pub(super) fn read(file: &File, len: u64) -> Result<Contents, CheckpointError> {
     }
     let mut bytes = vec![0; usize::try_from(header_len).unwrap_or(0)];
     file.read_exact_at(&mut bytes, 8)?;
-    let Header(entries) = serde_json::from_slice(&bytes)
+    let Members(entries) = serde_json::from_slice(&bytes)
         .map_err(|error| refuse(format!("expected a JSON object, found: {error}")))?;
     let data_len = room - header_len;
     let mut problems = Vec::new();
@@ -72,25 +101,22 @@ pub(super) fn read(file: &File, len: u64) -> Result<Contents, CheckpointError> {
     let mut storages: Vec<Storage> = Vec::new();
     for (name, json) in entries {
         if name == "__metadata__" {
+            if let Err(error) = serde_json::from_str::<BTreeMap<String, String>>(json.get()) {
+                problems.push(format!("__metadata__: expected texts by name: {error}"));
+            }
             continue;
         }
         match entry(&json, data_len) {
             Ok((dtype, shape, [begin, end])) => {
-                let (offset, strides) = (8 + header_len + begin, contiguous(&shape));
                 storages.push(Storage {
                     entry: name.clone(),
-                    offset,
+                    part: 0,
+                    offset: 8 + header_len + begin,
                     len_bytes: end - begin,
                     packed: None,
                     crc: None,
                 });
-                let entry = Entry {
-                    dtype,
-                    shape,
-                    strides,
-                    offset: 0,
-                    storage: storages.len() - 1,
-                };
+                let entry = Entry::of(View::row_major(dtype, &shape, 0, storages.len() - 1));
                 if tensors.insert(name.clone(), entry).is_some() {
                     problems.push(format!("{name}: expected each name once, found it twice"));
                 }
@@ -113,11 +139,8 @@ pub(super) fn read(file: &File, len: u64) -> Result<Contents, CheckpointError> {
     })
 }
 
-fn entry(
-    json: &serde_json::Value,
-    data_len: u64,
-) -> Result<(TensorDType, Vec<u64>, [u64; 2]), String> {
-    let described = Described::deserialize(json)
+fn entry(json: &RawValue, data_len: u64) -> Result<(TensorDType, Vec<u64>, [u64; 2]), String> {
+    let described: Described = serde_json::from_str(json.get())
         .map_err(|error| format!("expected dtype, shape and data_offsets: {error}"))?;
     let dtype = match described.dtype.as_str() {
         "F16" => TensorDType::F16,
@@ -151,14 +174,6 @@ fn entry(
         ));
     }
     Ok((dtype, described.shape, [begin, end]))
-}
-
-fn contiguous(shape: &[u64]) -> Vec<u64> {
-    let mut strides = vec![1; shape.len()];
-    for at in (1..shape.len()).rev() {
-        strides[at - 1] = strides[at] * shape[at];
-    }
-    strides
 }
 
 /// Holes, overlaps and bytes behind the last tensor.

@@ -7,15 +7,20 @@ use std::os::unix::fs::FileExt;
 
 use zip::{CompressionMethod, ZipArchive};
 
-use super::pickle::{self, Id, Pickled, TensorValue, Value};
-use super::{CheckpointError, Container, Contents, Entry, Storage};
+use super::pickle::{self, Id, MAX_NAME_BYTES, Pickled, TensorValue, Value};
+use super::storage::Storage;
+use super::tensor::{Entry, View};
+use super::{CheckpointError, Container, Contents, container};
+use crate::section::chain;
 
 /// Longest `data.pkl` that is read: the released checkpoints have less than 2 MB.
-const MAX_PICKLE_BYTES: u64 = 256 << 20;
+const MAX_PICKLE_BYTES: u64 = 64 << 20;
 /// Dictionaries deeper than this hold no weights.
 const MAX_DEPTH: usize = 16;
 /// Most places of a pickle that are looked at for tensors.
-const MAX_VISITS: usize = 8_000_000;
+const MAX_VISITS: usize = 4_000_000;
+/// Most bytes of tensors' names: a small pickle can spell endless names by sharing its parts.
+const MAX_NAMES_BYTES: usize = 64 << 20;
 /// The first pickle of a legacy file: protocol 2, LONG1 of ten bytes.
 const LEGACY_HEAD: &[u8] = &[
     0x80, 0x02, 0x8a, 0x0a, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19,
@@ -26,54 +31,135 @@ pub(super) fn is_legacy(head: &[u8]) -> bool {
     head.starts_with(LEGACY_HEAD)
 }
 
-/// Reads directory and pickle of a zip checkpoint.
-pub(super) fn read_zip(file: &File) -> Result<Contents, CheckpointError> {
-    let mut archive = ZipArchive::new(file).map_err(CheckpointError::Zip)?;
+/// A file's pickle and where its storages lie.
+pub(super) struct Unpickled {
+    pub(super) pickled: Pickled,
+    container: Container,
+    /// Storages by the key that the pickle names.
+    lookup: BTreeMap<String, Storage>,
+}
+
+/// Reads the pickle of a file that starts with `head` and finds its storages.
+pub(super) fn unpickle(file: &File, head: &[u8], len: u64) -> Result<Unpickled, CheckpointError> {
+    match container::sniff(head, len)? {
+        Container::TorchZip => unpickle_zip(file, len),
+        Container::TorchLegacy => unpickle_legacy(file, len),
+        other => Err(CheckpointError::Container {
+            found: format!("a {other} file"),
+        }),
+    }
+}
+
+/// The entries of an archive by name, and everything wrong with its directory.
+fn directory(
+    archive: &mut ZipArchive<&File>,
+    len: u64,
+) -> Result<BTreeMap<String, (usize, Storage)>, CheckpointError> {
     let mut entries = BTreeMap::new();
-    let mut pickle_at = None;
-    let mut byte_order_at = None;
+    let mut problems = Vec::new();
+    if archive.has_duplicate_names() {
+        problems.push("expected each entry once, found a name twice".into());
+    }
     for at in 0..archive.len() {
-        let entry = archive.by_index_raw(at).map_err(CheckpointError::Zip)?;
-        let name = entry.name().map_err(CheckpointError::Zip)?.into_owned();
-        let base = name.rsplit('/').next().unwrap_or_default();
-        if base == "data.pkl" && name.matches('/').count() == 1 {
-            pickle_at = Some((at, name.clone()));
-        } else if base == "byteorder" {
-            byte_order_at = Some(at);
+        let entry = match archive.by_index_raw(at) {
+            Ok(entry) => entry,
+            Err(error) => {
+                let why = chain(&error);
+                problems.push(format!("entry {at}: expected its header, found: {why}"));
+                continue;
+            }
+        };
+        let name = match entry.name() {
+            Ok(name) => name.into_owned(),
+            Err(error) => {
+                problems.push(format!("entry {at}: expected a name, found: {error}"));
+                continue;
+            }
+        };
+        let (size, packed_size) = (entry.size(), entry.compressed_size());
+        let mut refuse = |problem: String| problems.push(format!("{name}: {problem}"));
+        if entry.encrypted() {
+            refuse("expected an entry in the clear, found it encrypted".into());
         }
         let packed = match entry.compression() {
             CompressionMethod::Stored => None,
-            CompressionMethod::Deflated => Some(entry.compressed_size()),
+            CompressionMethod::Deflated => Some(packed_size),
             other => {
-                let problem = format!("expected a stored or deflated entry, found {other}");
-                return Err(CheckpointError::Entry {
-                    entry: name,
-                    problem,
-                });
+                refuse(format!(
+                    "expected a stored or deflated entry, found {other}"
+                ));
+                continue;
             }
         };
+        if packed.is_none() && size != packed_size {
+            refuse(format!(
+                "expected the same length twice for a stored entry, found {size} and {packed_size}"
+            ));
+            continue;
+        }
         let Some(offset) = entry.data_start() else {
-            return Err(CheckpointError::Entry {
-                entry: name,
-                problem: "expected its data in the archive, found none".into(),
-            });
+            refuse("expected its data in the archive, found none".into());
+            continue;
         };
+        if packed_size > len.saturating_sub(offset) {
+            refuse(format!(
+                "expected {packed_size} bytes at byte {offset}, the file ends at {len}: it is truncated, fetch it again"
+            ));
+            continue;
+        }
         let storage = Storage {
             entry: name.clone(),
+            part: 0,
             offset,
-            len_bytes: entry.size(),
+            len_bytes: size,
             packed,
             crc: Some(entry.crc32()),
         };
-        entries.insert(name, storage);
+        entries.insert(name, (at, storage));
     }
-    let Some((at, pickle_name)) = pickle_at else {
-        return Err(CheckpointError::Entry {
-            entry: "data.pkl".into(),
-            problem: "expected in the archive, found none".into(),
-        });
+    let in_file = |storage: &Storage| storage.packed.unwrap_or(storage.len_bytes);
+    let mut order: Vec<&Storage> = entries.values().map(|(_, storage)| storage).collect();
+    order.retain(|storage| in_file(storage) > 0);
+    order.sort_by_key(|storage| (storage.offset, in_file(storage)));
+    for pair in order.windows(2) {
+        let end = pair[0].offset + in_file(pair[0]);
+        if end > pair[1].offset {
+            problems.push(format!(
+                "{}: expected to begin behind {}, which ends at byte {end}, found byte {}",
+                pair[1].entry, pair[0].entry, pair[1].offset
+            ));
+        }
+    }
+    if problems.is_empty() {
+        Ok(entries)
+    } else {
+        Err(CheckpointError::Directory { problems })
+    }
+}
+
+/// Reads directory and pickle of a zip checkpoint.
+fn unpickle_zip(file: &File, len: u64) -> Result<Unpickled, CheckpointError> {
+    let mut archive = ZipArchive::new(file).map_err(CheckpointError::Zip)?;
+    let entries = directory(&mut archive, len)?;
+    let pickles: Vec<&String> = entries
+        .keys()
+        .filter(|name| name.ends_with("/data.pkl") && name.matches('/').count() == 1)
+        .collect();
+    let pickle_name = match pickles.as_slice() {
+        [one] => (*one).clone(),
+        other => {
+            let found = other.len();
+            return Err(CheckpointError::Entry {
+                entry: "data.pkl".into(),
+                problem: format!("expected one in the archive, found {found}"),
+            });
+        }
     };
-    if let Some(at) = byte_order_at {
+    let folder = pickle_name
+        .strip_suffix("data.pkl")
+        .unwrap_or_default()
+        .to_owned();
+    if let Some(&(at, _)) = entries.get(&format!("{folder}byteorder")) {
         let order = read_entry(&mut archive, at, 64)?;
         if order != b"little" {
             let problem = format!(
@@ -86,17 +172,20 @@ pub(super) fn read_zip(file: &File) -> Result<Contents, CheckpointError> {
             });
         }
     }
-    let bytes = read_entry(&mut archive, at, MAX_PICKLE_BYTES)?;
+    let bytes = read_entry(&mut archive, entries[&pickle_name].0, MAX_PICKLE_BYTES)?;
     let pickled = pickle::read(&bytes).map_err(|source| CheckpointError::Pickle {
         entry: pickle_name.clone(),
         source,
     })?;
-    let folder = pickle_name
-        .strip_suffix("data.pkl")
-        .unwrap_or_default()
-        .to_owned();
-    collect(&pickled, Container::TorchZip, |key| {
-        entries.get(&format!("{folder}data/{key}")).cloned()
+    let data = format!("{folder}data/");
+    let lookup = entries
+        .into_iter()
+        .filter_map(|(name, (_, storage))| Some((name.strip_prefix(&data)?.to_owned(), storage)))
+        .collect();
+    Ok(Unpickled {
+        pickled,
+        container: Container::TorchZip,
+        lookup,
     })
 }
 
@@ -129,7 +218,7 @@ fn read_entry(
 }
 
 /// Reads the pickles of a legacy checkpoint and finds its storages behind them.
-pub(super) fn read_legacy(file: &File, len: u64) -> Result<Contents, CheckpointError> {
+fn unpickle_legacy(file: &File, len: u64) -> Result<Unpickled, CheckpointError> {
     let mut at = 0;
     let mut pickles = Vec::new();
     for name in [
@@ -164,9 +253,13 @@ pub(super) fn read_legacy(file: &File, len: u64) -> Result<Contents, CheckpointE
         at += pickled.len_bytes as u64;
         pickles.push(pickled);
     }
-    let (contents, keys) = (&pickles[3], &pickles[4]);
     check_legacy_version(&pickles[1])?;
-    let declared = declared_storages(contents);
+    check_legacy_system(&pickles[2])?;
+    let mut pickles = pickles.drain(3..);
+    let (Some(contents), Some(keys)) = (pickles.next(), pickles.next()) else {
+        unreachable!("five pickles were read");
+    };
+    let declared = declared_storages(&contents);
     let Value::List(keys_list) = keys.get(keys.root) else {
         return Err(CheckpointError::Entry {
             entry: "storage keys".into(),
@@ -182,6 +275,12 @@ pub(super) fn read_legacy(file: &File, len: u64) -> Result<Contents, CheckpointE
             });
         };
         let entry = format!("storage {key}");
+        if storages.contains_key(key) {
+            return Err(CheckpointError::Entry {
+                entry,
+                problem: "expected once in the list of storages, found twice".into(),
+            });
+        }
         let Some(&size) = declared.get(key.as_str()) else {
             return Err(CheckpointError::Entry {
                 entry,
@@ -205,21 +304,34 @@ pub(super) fn read_legacy(file: &File, len: u64) -> Result<Contents, CheckpointE
             );
             return Err(CheckpointError::Entry { entry, problem });
         }
-        storages.insert(
-            key.clone(),
-            Storage {
-                entry,
-                offset: at,
-                len_bytes,
-                packed: None,
-                crc: None,
-            },
-        );
+        let storage = Storage {
+            entry,
+            part: 0,
+            offset: at,
+            len_bytes,
+            packed: None,
+            crc: None,
+        };
+        storages.insert(key.clone(), storage);
         at += len_bytes;
     }
-    collect(contents, Container::TorchLegacy, |key| {
-        storages.get(key).cloned()
+    drop(declared);
+    Ok(Unpickled {
+        pickled: contents,
+        container: Container::TorchLegacy,
+        lookup: storages,
     })
+}
+
+fn check_legacy_system(pickled: &Pickled) -> Result<(), CheckpointError> {
+    let order = pickled.item(pickled.root, "little_endian");
+    match order.map(|id| pickled.get(id)) {
+        Some(Value::Bool(false)) => Err(CheckpointError::Entry {
+            entry: "system".into(),
+            problem: "expected little_endian, found big-endian numbers".into(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 fn check_legacy_version(pickled: &Pickled) -> Result<(), CheckpointError> {
@@ -240,16 +352,14 @@ fn declared_storages(pickled: &Pickled) -> BTreeMap<&str, u64> {
         .collect()
 }
 
-/// Walks the dictionaries of a pickle and lists its tensors by section.
-fn collect(
-    pickled: &Pickled,
-    container: Container,
-    find: impl Fn(&str) -> Option<Storage>,
-) -> Result<Contents, CheckpointError> {
+/// Lists the tensors of a pickle by section.
+pub(super) fn contents(unpickled: &Unpickled) -> Result<Contents, CheckpointError> {
+    let pickled = &unpickled.pickled;
     let mut walk = Walk {
         pickled,
         found: Vec::new(),
         visits: 0,
+        names_bytes: 0,
     };
     let mut top = Vec::new();
     let mut sections: BTreeMap<String, Vec<(String, &TensorValue)>> = BTreeMap::new();
@@ -260,15 +370,16 @@ fn collect(
         });
     };
     for &(key, value) in items {
-        let Some(name) = key_text(pickled, key) else {
+        let Some(name) = key_text(pickled, key)? else {
             continue;
         };
+        walk.count(name.len())?;
         top.push(name.clone());
         if let Value::Tensor(tensor) = pickled.get(value) {
             sections
                 .entry(String::new())
                 .or_default()
-                .push((name, tensor));
+                .push((name, &**tensor));
         } else {
             walk.visit(value, String::new(), 0)?;
             if !walk.found.is_empty() {
@@ -276,18 +387,17 @@ fn collect(
             }
         }
     }
-    let mut storages = Vec::new();
-    let mut by_key: BTreeMap<String, usize> = BTreeMap::new();
+    let mut placer = Placer::new(unpickled);
     let mut problems = Vec::new();
     let mut placed: BTreeMap<String, BTreeMap<String, Entry>> = BTreeMap::new();
     for (section, tensors) in sections {
         for (name, tensor) in tensors {
-            match place(tensor, &mut storages, &mut by_key, &find) {
-                Ok(entry) => {
-                    placed
-                        .entry(section.clone())
-                        .or_default()
-                        .insert(name, entry);
+            match placer.place(tensor) {
+                Ok(view) => {
+                    let tensors = placed.entry(section.clone()).or_default();
+                    if tensors.insert(name.clone(), Entry::of(view)).is_some() {
+                        problems.push(format!("{name}: expected each key once, found it twice"));
+                    }
                 }
                 Err(problem) => problems.push(format!("{name}: {problem}")),
             }
@@ -295,8 +405,8 @@ fn collect(
     }
     if problems.is_empty() {
         Ok(Contents {
-            container,
-            storages,
+            container: unpickled.container,
+            storages: placer.storages,
             sections: placed,
             top,
         })
@@ -305,11 +415,22 @@ fn collect(
     }
 }
 
-fn key_text(pickled: &Pickled, id: Id) -> Option<String> {
+fn key_text(pickled: &Pickled, id: Id) -> Result<Option<String>, CheckpointError> {
     match pickled.get(id) {
-        Value::Text(text) => Some(text.clone()),
-        Value::Int(number) => Some(number.to_string()),
-        _ => None,
+        Value::Text(text) if text.len() > MAX_NAME_BYTES => Err(beyond(format!(
+            "expected keys of at most {MAX_NAME_BYTES} bytes, found {}",
+            text.len()
+        ))),
+        Value::Text(text) => Ok(Some(text.clone())),
+        Value::Int(number) => Ok(Some(number.to_string())),
+        _ => Ok(None),
+    }
+}
+
+fn beyond(problem: String) -> CheckpointError {
+    CheckpointError::Entry {
+        entry: "data.pkl".into(),
+        problem,
     }
 }
 
@@ -317,21 +438,37 @@ struct Walk<'p> {
     pickled: &'p Pickled,
     found: Vec<(String, &'p TensorValue)>,
     visits: usize,
+    names_bytes: usize,
 }
 
 impl Walk<'_> {
+    /// Counts bytes of names that are kept.
+    fn count(&mut self, bytes: usize) -> Result<(), CheckpointError> {
+        self.names_bytes += bytes;
+        if self.names_bytes > MAX_NAMES_BYTES {
+            return Err(beyond(format!(
+                "expected at most {MAX_NAMES_BYTES} bytes of names, found more"
+            )));
+        }
+        Ok(())
+    }
+
     /// Notes the tensors below a value; their keys are joined with dots.
     fn visit(&mut self, id: Id, name: String, depth: usize) -> Result<(), CheckpointError> {
         self.visits += 1;
         if self.visits > MAX_VISITS {
-            let problem = format!("expected at most {MAX_VISITS} places that could hold a tensor");
-            return Err(CheckpointError::Entry {
-                entry: "data.pkl".into(),
-                problem,
-            });
+            return Err(beyond(format!(
+                "expected at most {MAX_VISITS} places that could hold a tensor, found more"
+            )));
         }
         if depth > MAX_DEPTH {
             return Ok(());
+        }
+        if name.len() > MAX_NAME_BYTES {
+            return Err(beyond(format!(
+                "expected names of at most {MAX_NAME_BYTES} bytes, found {}",
+                name.len()
+            )));
         }
         let below = |key: &str| {
             if name.is_empty() {
@@ -341,10 +478,13 @@ impl Walk<'_> {
             }
         };
         match self.pickled.get(id) {
-            Value::Tensor(tensor) => self.found.push((name, tensor)),
+            Value::Tensor(tensor) => {
+                self.count(name.len() + size_of::<Entry>())?;
+                self.found.push((name, &**tensor));
+            }
             Value::Dict(items) => {
                 for &(key, value) in items {
-                    if let Some(key) = key_text(self.pickled, key) {
+                    if let Some(key) = key_text(self.pickled, key)? {
                         self.visit(value, below(&key), depth + 1)?;
                     }
                 }
@@ -360,70 +500,86 @@ impl Walk<'_> {
     }
 }
 
-/// Compares a tensor with its storage; what is wrong as text.
-fn place(
-    tensor: &TensorValue,
-    storages: &mut Vec<Storage>,
-    by_key: &mut BTreeMap<String, usize>,
-    find: &impl Fn(&str) -> Option<Storage>,
-) -> Result<Entry, String> {
-    let TensorValue {
-        storage,
-        offset,
-        shape,
-        strides,
-    } = tensor;
-    let at = match by_key.get(&storage.key) {
-        Some(&at) => at,
-        None => {
-            let Some(found) = find(&storage.key) else {
-                return Err(format!(
-                    "expected its numbers in storage {}, which is missing from the file",
-                    storage.key
-                ));
-            };
-            storages.push(found);
-            by_key.insert(storage.key.clone(), storages.len() - 1);
-            storages.len() - 1
+/// Finds the storages of tensors.
+pub(super) struct Placer<'u> {
+    unpickled: &'u Unpickled,
+    /// Those that were found, in the order they were asked for.
+    pub(super) storages: Vec<Storage>,
+    by_key: BTreeMap<&'u str, usize>,
+}
+
+impl<'u> Placer<'u> {
+    pub(super) fn new(unpickled: &'u Unpickled) -> Placer<'u> {
+        Placer {
+            unpickled,
+            storages: Vec::new(),
+            by_key: BTreeMap::new(),
         }
-    };
-    let size = storage.dtype.len_bytes();
-    let (declared, found) = (storage.elements.checked_mul(size), storages[at].len_bytes);
-    if declared != Some(found) {
-        return Err(format!(
-            "expected {} elements of {size} bytes in {}, found {found} bytes",
-            storage.elements, storages[at].entry
-        ));
     }
-    let reach = || {
-        let mut last = *offset;
-        for (&len, &stride) in shape.iter().zip(strides) {
-            if len == 0 {
-                return Some(0);
-            }
-            last = last.checked_add((len - 1).checked_mul(stride)?)?;
+
+    fn storage(&mut self, key: &str) -> Option<usize> {
+        if let Some(&at) = self.by_key.get(key) {
+            return Some(at);
         }
-        last.checked_add(1)
-    };
-    let elements = shape
-        .iter()
-        .try_fold(1_u64, |product, &len| product.checked_mul(len));
-    match (reach(), elements) {
-        // A view that repeats elements (stride 0) could claim more numbers than any file holds.
-        (Some(reach), Some(elements))
-            if reach <= storage.elements && elements <= storage.elements.saturating_mul(4096) => {}
-        _ => {
+        let (key, found) = self.unpickled.lookup.get_key_value(key)?;
+        self.storages.push(found.clone());
+        self.by_key.insert(key, self.storages.len() - 1);
+        Some(self.storages.len() - 1)
+    }
+
+    /// Compares a tensor with its storage; what is wrong as text.
+    pub(super) fn place(&mut self, tensor: &TensorValue) -> Result<View, String> {
+        let TensorValue {
+            storage,
+            offset,
+            shape,
+            strides,
+        } = tensor;
+        let Some(at) = self.storage(&storage.key) else {
             return Err(format!(
-                "expected a view within {} elements, found shape {shape:?}, strides {strides:?}, offset {offset}",
-                storage.elements
+                "expected its numbers in storage {}, which is missing from the file",
+                storage.key
+            ));
+        };
+        let size = storage.dtype.len_bytes();
+        let found = self.storages[at].len_bytes;
+        if storage.elements.checked_mul(size) != Some(found) {
+            return Err(format!(
+                "expected {} elements of {size} bytes in {}, found {found} bytes",
+                storage.elements, self.storages[at].entry
             ));
         }
+        let reach = || {
+            let mut last = *offset;
+            for (&len, &stride) in shape.iter().zip(strides) {
+                if len == 0 {
+                    return Some(0);
+                }
+                last = last.checked_add((len - 1).checked_mul(stride)?)?;
+            }
+            last.checked_add(1)
+        };
+        let elements = shape
+            .iter()
+            .try_fold(1_u64, |product, &len| product.checked_mul(len));
+        match (reach(), elements) {
+            // A view that repeats elements (stride 0) could claim more numbers than any file holds.
+            (Some(reach), Some(elements))
+                if reach <= storage.elements
+                    && elements <= storage.elements.saturating_mul(4096) => {}
+            _ => {
+                return Err(format!(
+                    "expected a view within {} elements, found shape {shape:?}, strides {strides:?}, offset {offset}",
+                    storage.elements
+                ));
+            }
+        }
+        Ok(View {
+            dtype: storage.dtype,
+            shape: shape.clone(),
+            strides: strides.clone(),
+            offset: *offset,
+            storage: at,
+        })
     }
-    Ok(Entry {
-        dtype: storage.dtype,
-        shape: shape.clone(),
-        strides: strides.clone(),
-        offset: *offset,
-        storage: at,
-    })
 }

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use bundle::{Entrance, Precision};
 use serde::Deserialize;
 
+use super::diffusers::{self, Told};
 use super::{ModelSettings, Plan, PlanError, read_text};
+use crate::checkpoint::is_zero;
 
 impl Plan {
     /// Looks for the released files under their usual names.
@@ -52,22 +54,25 @@ impl Plan {
                     }
                 }
             };
-        let mindeye = find("subject, backbone and prior", "last.pth", "last.pth")?;
+        // Training with DeepSpeed leaves a folder where training without it leaves a file.
+        let zero = dir.join("last");
+        let mindeye = if !names.contains("last.pth") && is_zero(&zero) {
+            Some(zero)
+        } else {
+            find("subject, backbone and prior", "last.pth", "last.pth")?
+        };
         let unclip = find("unclip and vae_decoder", "unclip6", ".ckpt")?;
         let autoenc = find(
             "blurry_decoder",
             "sd_image_var_autoenc.pth",
             "sd_image_var_autoenc.pth",
         )?;
-        let sdxl = find(
-            "refiner and its text encoders",
-            "sd_xl_base",
-            ".safetensors",
-        )?;
         let bridge = find("caption_bridge", "bigG_to_L", ".pth")?;
+        let sdxl = diffusers::find(dir, names.iter(), &mut notes)?;
         let preview = find_preview(dir, &names, &mut notes)?;
         let captioner = find_captioner(dir, &names, &mut notes);
-        let (mut settings, random_weights) = read_config(dir, &names)?;
+        let told = Told::read(sdxl.as_deref())?;
+        let (mut settings, random_weights) = read_config(dir, &names, told)?;
         if captioner.is_some() {
             read_captioner_config(&dir.join("git"), &mut settings)?;
         }
@@ -191,8 +196,13 @@ fn file_names(dir: &Path) -> Result<BTreeSet<String>, PlanError> {
 }
 
 /// Settings of a `config.json` in the layout of the reference vectors; absent fields keep their defaults.
-fn read_config(dir: &Path, names: &BTreeSet<String>) -> Result<(ModelSettings, bool), PlanError> {
+fn read_config(
+    dir: &Path,
+    names: &BTreeSet<String>,
+    told: Told,
+) -> Result<(ModelSettings, bool), PlanError> {
     let mut settings = ModelSettings::default();
+    told.apply(&mut settings, |_| false);
     if !names.contains("config.json") {
         return Ok((settings, false));
     }

@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use crate::lora::Target;
 
+mod diffusers;
 mod folder;
 mod recipe;
 mod settings;
@@ -62,8 +63,8 @@ pub enum PlanError {
     },
     /// Nothing to export.
     #[error(
-        "{path} holds none of last.pth, unclip6*.ckpt, sd_image_var_autoenc.pth, sd_xl_base*.safetensors, \
-         bigG_to_L*.pth, git/, taesdxl*: nothing to export"
+        "{path} holds none of last.pth, last/ (ZeRO), unclip6*.ckpt, sd_image_var_autoenc.pth, sd_xl_base*.safetensors, \
+         a diffusers folder of SDXL, bigG_to_L*.pth, git/, taesdxl*: nothing to export"
     )]
     Empty {
         /// The folder or recipe.

@@ -1,10 +1,12 @@
 //! A plan from a recipe: sources named one by one.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use bundle::Precision;
 use serde::Deserialize;
 
+use super::diffusers::Told;
 use super::{LoraPlan, ModelSettings, Plan, PlanError, SubjectPlan, read_text};
 
 #[derive(Deserialize)]
@@ -73,6 +75,10 @@ impl Plan {
                 ..lora
             })
             .collect();
+        let sdxl = at(recipe.sources.sdxl);
+        let mut settings = recipe.settings;
+        let said = settings_said(&text);
+        Told::read(sdxl.as_deref())?.apply(&mut settings, |field| said.contains(field));
         let plan = Plan {
             bundle_version: recipe.bundle_version,
             precision: recipe.precision,
@@ -81,16 +87,25 @@ impl Plan {
             mindeye: at(recipe.sources.mindeye),
             unclip: at(recipe.sources.unclip),
             autoenc: at(recipe.sources.autoenc),
-            sdxl: at(recipe.sources.sdxl),
+            sdxl,
             bridge: at(recipe.sources.bridge),
             captioner: at(recipe.sources.captioner),
             preview: at(recipe.sources.preview),
             subjects,
             loras,
-            settings: recipe.settings,
+            settings,
             allow_unexpected: recipe.allow_unexpected,
             notes: Vec::new(),
         };
         plan.checked(path)
     }
+}
+
+/// Settings that a recipe, found right before, gives itself.
+fn settings_said(text: &str) -> BTreeSet<String> {
+    let recipe: toml::Table = toml::from_str(text).unwrap_or_default();
+    let settings = recipe.get("settings").and_then(toml::Value::as_table);
+    settings
+        .map(|table| table.keys().cloned().collect())
+        .unwrap_or_default()
 }
