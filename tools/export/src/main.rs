@@ -197,7 +197,8 @@ fn say(line: &str) -> Result<(), Failure> {
 }
 
 fn run_inspect(file: &std::path::Path) -> Result<(), Failure> {
-    let checkpoint = Checkpoint::open(file)?;
+    let checkpoint =
+        Checkpoint::open(file).map_err(|error| format!("{}: {}", file.display(), chain(&error)))?;
     std::io::stdout().write_all(inspect::render(&checkpoint).as_bytes())?;
     Ok(())
 }

@@ -137,6 +137,20 @@ fn head_channels(path: &Path) -> Result<Option<u64>, PlanError> {
     }
 }
 
+/// Whether a folder of diffusers says that it is SDXL; others may lie beside it.
+fn is_sdxl(dir: &Path) -> bool {
+    #[derive(Deserialize)]
+    struct Pipeline {
+        #[serde(rename = "_class_name")]
+        class: String,
+    }
+    let pipeline = config::<Pipeline>(&dir.join("model_index.json"));
+    pipeline
+        .ok()
+        .flatten()
+        .is_some_and(|pipeline| pipeline.class.starts_with("StableDiffusionXL"))
+}
+
 /// The folder's one source of SDXL: a single file, an index of shards, or a folder of diffusers.
 pub(super) fn find<'n>(
     dir: &Path,
@@ -146,7 +160,7 @@ pub(super) fn find<'n>(
     let fits = |name: &&String| {
         let path = dir.join(name.as_str());
         if path.is_dir() {
-            return is_diffusers(&path);
+            return is_diffusers(&path) && (name.starts_with("sd_xl_base") || is_sdxl(&path));
         }
         name.starts_with("sd_xl_base")
             && (name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json"))

@@ -5,9 +5,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+mod bombs;
 mod damage;
 mod diffusers;
 mod dtypes;
+mod large;
 mod sharded;
 mod sweep;
 mod write;

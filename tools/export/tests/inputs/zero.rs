@@ -41,11 +41,14 @@ fn parameters_equal_those_of_the_original_script() {
     }
 }
 
+/// Items of a dictionary.
+type Items = Vec<(&'static str, Py)>;
+
 /// A folder of two ranks and two groups, to be damaged before it is written.
 struct Folder {
-    model: Vec<(&'static str, Py)>,
+    model: Items,
     tensors: Saved,
-    ranks: Vec<(String, Vec<(&'static str, Py)>, Saved)>,
+    ranks: Vec<(String, Items, Saved)>,
 }
 
 /// What the folder's parameters are: `w` `[2, 3]` counts from 0, `b` `[3]` from 10, `s` scalar is 20.
@@ -105,7 +108,7 @@ fn folder() -> Folder {
     }
 }
 
-fn pairs(items: Vec<(&'static str, Py)>) -> Py {
+fn pairs(items: Items) -> Py {
     Py::Dict(
         items
             .into_iter()
