@@ -60,7 +60,7 @@ pub enum CheckpointError {
         problems: Vec<String>,
     },
     /// A checkpoint of several files that do not fit each other.
-    #[error("{} of its files:\n{}", counted(.problems.len(), "problem"), listed(.problems))]
+    #[error("{} in its files:\n{}", counted(.problems.len(), "problem"), listed(.problems))]
     Parts {
         /// One line each: file, key, expected, found.
         problems: Vec<String>,

@@ -22,7 +22,7 @@ fn bombs() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     laughs.extend(b"1h\x0fs.");
     let mut names = b"\x80\x02}X\x01\x00\x00\x00x".to_vec();
     names.extend(b"X\xe8\x03\x00\x00");
-    names.extend([b'k'; 1000]);
+    names.extend(std::iter::repeat_n(b'k', 1000));
     names.extend(b"q\x000");
     names.extend(b"}(");
     for _ in 0..2 {
@@ -30,7 +30,7 @@ fn bombs() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     }
     names.extend(b"us.");
     let mut key = b"\x80\x02}X\xd0\x07\x00\x00".to_vec();
-    key.extend([b'k'; 2000]);
+    key.extend(std::iter::repeat_n(b'k', 2000));
     key.extend(b"Ns.");
     let repeated = |step: &[u8]| {
         let mut bytes = b"\x80\x02".to_vec();
@@ -39,13 +39,13 @@ fn bombs() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         bytes
     };
     let mut doubled = b"\x80\x02N".to_vec();
-    doubled.extend([b'2'; 6_000_000]);
+    doubled.extend(std::iter::repeat_n(b'2', 6_000_000));
     let mut deep = b"\x80\x02".to_vec();
-    deep.extend([b']'; 1_000_000]);
-    deep.extend([b'a'; 999_999]);
+    deep.extend(std::iter::repeat_n(b']', 1_000_000));
+    deep.extend(std::iter::repeat_n(b'a', 999_999));
     deep.push(b'.');
     let mut tuples = b"\x80\x02)".to_vec();
-    tuples.extend([0x85; 3_000_000]);
+    tuples.extend(std::iter::repeat_n(0x85, 3_000_000));
     tuples.push(b'.');
     vec![
         ("laughs", laughs, "places that could hold a tensor"),

@@ -94,7 +94,7 @@ fn everything_that_differs_from_the_index_is_in_one_report() {
     ] {
         assert!(message.contains(expected), "{expected}\n{message}");
     }
-    assert!(message.starts_with("11 problems of its files"), "{message}");
+    assert!(message.starts_with("11 problems in its files"), "{message}");
 }
 
 #[test]

@@ -290,6 +290,7 @@ fn all_that_is_wrong_with_the_ranks_is_in_one_report() {
     wrong.set_rank(0, "zero_stage", Py::None);
     wrong.set_rank(0, "partition_count", text("2"));
     let saved = &mut wrong.ranks[1].2;
+    saved.storages.clear();
     let whole = saved.tensor(TensorDType::I64, &[6], &[0.0; 6]);
     let square = saved.tensor(TensorDType::F32, &[2, 1], &[0.0; 2]);
     wrong.set_rank(
@@ -343,6 +344,7 @@ fn a_missing_rank_or_one_of_another_run_is_refused() {
         "{message}"
     );
     let mut groups = folder();
+    groups.ranks[1].2.storages.clear();
     groups.set_rank(1, "single_partition_of_fp32_groups", Py::List(Vec::new()));
     let message = groups.refused();
     assert!(
