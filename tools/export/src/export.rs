@@ -45,6 +45,12 @@ pub enum ExportError {
         /// What is wrong with its container.
         source: CheckpointError,
     },
+    /// Several checkpoints cannot be opened.
+    #[error("{} checkpoints cannot be opened:\n{}", .failures.len(), unopened(.failures))]
+    OpenSeveral {
+        /// Each with what is wrong with its container.
+        failures: Vec<(PathBuf, CheckpointError)>,
+    },
     /// The checkpoints are not what the networks need; every problem is listed.
     #[error("{} found, nothing was written:\n{}", counted(.problems.len()), listed(.problems))]
     Problems {
@@ -70,6 +76,13 @@ pub enum ExportError {
         /// What is wrong.
         source: CheckpointError,
     },
+}
+
+fn unopened(failures: &[(PathBuf, CheckpointError)]) -> String {
+    let line = |(path, error): &(PathBuf, CheckpointError)| {
+        format!("  {}: {}", path.display(), chain(error))
+    };
+    failures.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 fn counted(problems: usize) -> String {
@@ -182,19 +195,35 @@ fn open(plan: &Plan) -> Result<Vec<Opened>, ExportError> {
         ("captioner", &plan.captioner),
         ("preview", &plan.preview),
     ];
-    sources
+    let sources = sources
         .into_iter()
         .filter_map(|(role, path)| path.clone().map(|path| (role, path)))
-        .chain(plan.loras.iter().map(|lora| (LORA, lora.file.clone())))
-        .map(|(role, path)| match Checkpoint::open(&path) {
-            Ok(checkpoint) => Ok(Opened {
+        .chain(plan.loras.iter().map(|lora| (LORA, lora.file.clone())));
+    let mut opened = Vec::new();
+    let mut failures = Vec::new();
+    for (role, path) in sources {
+        match Checkpoint::open(&path) {
+            // The manifest has one source for each file of the plan.
+            Ok(checkpoint) if role == LORA && checkpoint.parts().len() != 1 => {
+                let found = format!("a LoRA of {} files", checkpoint.parts().len());
+                failures.push((path, CheckpointError::Container { found }));
+            }
+            Ok(checkpoint) => opened.push(Opened {
                 role,
                 path,
                 checkpoint,
             }),
-            Err(source) => Err(ExportError::Open { path, source }),
-        })
-        .collect()
+            Err(source) => failures.push((path, source)),
+        }
+    }
+    match failures.len() {
+        0 => Ok(opened),
+        1 => {
+            let (path, source) = failures.remove(0);
+            Err(ExportError::Open { path, source })
+        }
+        _ => Err(ExportError::OpenSeveral { failures }),
+    }
 }
 
 /// Exports a plan to `out`; `say` is told of each step.

@@ -507,3 +507,24 @@ fn shapes_of_a_zero_folder_are_plain_lists_too() {
     assert_eq!(checkpoint.top_keys(), ["a", "b"]);
     assert_eq!(checkpoint.sections().count(), 0);
 }
+
+#[test]
+fn checkpoints_that_cannot_be_opened_are_all_named() {
+    let dir = tempfile::tempdir().unwrap();
+    file(&dir, "a.pth", b"");
+    file(&dir, "b.ckpt", b"<html>");
+    let text =
+        "precision = \"fp32\"\n[sources]\nmindeye = \"a.pth\"\nunclip = \"b.ckpt\"\nsdxl = \"c\"\n";
+    let out = dir.path().join("out");
+    let error = export::export::export(&crate::recipe(dir.path(), text), &out, &mut |_| {});
+    let message = export::section::chain(&error.unwrap_err());
+    for expected in [
+        "3 checkpoints cannot be opened",
+        "a.pth: expected a PyTorch zip or legacy checkpoint or a safetensors file, found an empty file",
+        "b.ckpt: expected a PyTorch zip or legacy checkpoint or a safetensors file, found an HTML page",
+        "/c: cannot read the file: No such file",
+    ] {
+        assert!(message.contains(expected), "{expected}\n{message}");
+    }
+    assert!(!out.exists());
+}
