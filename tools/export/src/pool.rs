@@ -9,8 +9,8 @@
 //! `image`, for files that strangers made, lives in this program.
 
 use std::ffi::OsStr;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -375,8 +375,10 @@ fn read(path: &Path) -> Result<Array4<f32>, String> {
 
 /// Upright, whatever way the camera was held.
 fn decode(path: &Path) -> Result<DynamicImage, String> {
-    let mut reader = ImageReader::open(path)
-        .and_then(ImageReader::with_guessed_format)
+    // By the first bytes alone: a name ending in .jpg makes no JPEG.
+    let file = File::open(path).map_err(|error| chain(&error))?;
+    let mut reader = ImageReader::new(BufReader::new(file))
+        .with_guessed_format()
         .map_err(|error| chain(&error))?;
     match reader.format() {
         Some(ImageFormat::Png | ImageFormat::Jpeg) => {}
@@ -386,7 +388,11 @@ fn decode(path: &Path) -> Result<DynamicImage, String> {
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(MAX_PIXELS * 8);
     reader.limits(limits);
-    let image_error = |error: ImageError| chain(&error);
+    // The crate's text already holds its causes, some of them on lines of their own.
+    let image_error = |error: ImageError| {
+        let text = error.to_string();
+        text.lines().next().unwrap_or_default().to_owned()
+    };
     let mut decoder = reader.into_decoder().map_err(image_error)?;
     let (width, height) = decoder.dimensions();
     let pixels = u64::from(width) * u64::from(height);
