@@ -86,6 +86,8 @@ impl Plan {
             subjects: Vec::new(),
             settings,
             allow_unexpected,
+            audit: true,
+            onnxruntime: None,
             notes,
         };
         plan.checked(dir)

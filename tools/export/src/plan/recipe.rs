@@ -17,6 +17,8 @@ struct Recipe {
     random_weights: bool,
     #[serde(default)]
     allow_unexpected: bool,
+    #[serde(default = "audited")]
+    audit: bool,
     #[serde(default)]
     licences: Vec<String>,
     sources: Sources,
@@ -28,6 +30,10 @@ struct Recipe {
 
 fn first_version() -> u64 {
     1
+}
+
+fn audited() -> bool {
+    true
 }
 
 #[derive(Deserialize)]
@@ -78,6 +84,8 @@ impl Plan {
             subjects,
             settings: recipe.settings,
             allow_unexpected: recipe.allow_unexpected,
+            audit: recipe.audit,
+            onnxruntime: None,
             notes: Vec::new(),
         };
         plan.checked(path)
