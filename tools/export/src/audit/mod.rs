@@ -17,23 +17,27 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::time::Instant;
 
-use bundle::{Precision, Stage as StageSpec, StageAudit, StageName, UnclipSettings};
+use bundle::{
+    Precision, RefinerSettings, Stage as StageSpec, StageAudit, StageName, UnclipSettings,
+};
 use decoder::{Range, Runtime, Stage, StageError};
 use ndarray::ArrayD;
 use prost::Message;
 
-use crate::check::{Distance, HALF_COSINE, HALF_PSNR_DB};
+use crate::check::{HALF_COSINE, HALF_PSNR_DB};
 use crate::describe::Description;
 use crate::export::{Place, Planned};
 use crate::graph::{Elem, Graph};
-use crate::onnx::{GraphProto, ModelProto, NodeProto, element};
+use crate::onnx::ModelProto;
 use crate::plan::Plan;
 use crate::weights::{Rounding as Kept, Written};
 
+mod choice;
 mod islands;
 pub mod memory;
 mod probes;
 mod range;
+mod record;
 mod reference;
 mod search;
 mod shipped;
@@ -43,8 +47,10 @@ mod widen;
 #[cfg(test)]
 mod tests;
 
+use choice::{beyond_range, candidates, half_weights};
 pub use islands::Islands;
 use probes::{Chain, Inputs};
+use record::{Quality, label, quality, record};
 pub use shipped::{RewriteError, emulated};
 pub use widen::{Rounding, widen};
 
@@ -56,8 +62,6 @@ pub const MAX_LATENT: u64 = 32;
 const BUDGET: usize = 64;
 /// Threads of the audit's runs; part of what makes its figures repeatable.
 const THREADS: usize = 2;
-/// Signal-to-noise ratio of what is equal, dB: JSON has no infinity.
-const EQUAL_DB: f64 = 200.0;
 
 /// Why a bundle is refused by the audit.
 #[derive(Debug, thiserror::Error)]
@@ -154,6 +158,7 @@ pub(crate) struct Auditor<'c> {
     half: Vec<Planned<'c>>,
     chain: Chain,
     unclip: Option<UnclipSettings>,
+    refiner: Option<RefinerSettings>,
 }
 
 /// What a run in fp32 gave.
@@ -161,20 +166,6 @@ struct Reference {
     inputs: Inputs,
     outputs: BTreeMap<String, ArrayD<f32>>,
     largest: HashMap<String, f32>,
-}
-
-/// How far a rounded run is from the reference.
-#[derive(Clone, Copy, Debug)]
-struct Quality {
-    max_error: f64,
-    cosine: f64,
-    psnr_db: Option<f64>,
-}
-
-impl Quality {
-    fn is_good(&self) -> bool {
-        self.cosine >= HALF_COSINE && self.psnr_db.is_none_or(|psnr| psnr >= HALF_PSNR_DB)
-    }
 }
 
 impl<'c> Auditor<'c> {
@@ -191,6 +182,7 @@ impl<'c> Auditor<'c> {
             root,
             chain: Chain::new(&half),
             unclip: half.unclip,
+            refiner: half.refiner,
             wide: wide.planned,
             half: half.planned,
         })
@@ -384,17 +376,17 @@ impl<'c> Auditor<'c> {
 
     /// How a network's output becomes a picture of 0..1; `None` for other networks.
     fn picture_range(&self, place: &Place) -> Option<Range> {
+        let range = |scale, shift| Range { scale, shift };
         match place {
-            Place::Shared(StageName::VaeDecoder) => Some(self.unclip.as_ref().map_or(
-                Range::SYMMETRIC,
-                |unclip| Range {
-                    scale: unclip.image_scale,
-                    shift: unclip.image_shift,
-                },
-            )),
-            Place::Shared(StageName::RefinerVaeDecoder | StageName::BlurryDecoder) => {
-                Some(Range::SYMMETRIC)
+            Place::Shared(StageName::VaeDecoder) => {
+                let settings = self.unclip.as_ref();
+                Some(settings.map_or(Range::SYMMETRIC, |s| range(s.image_scale, s.image_shift)))
             }
+            Place::Shared(StageName::RefinerVaeDecoder) => {
+                let settings = self.refiner.as_ref();
+                Some(settings.map_or(Range::SYMMETRIC, |s| range(s.image_scale, s.image_shift)))
+            }
+            Place::Shared(StageName::BlurryDecoder) => Some(Range::SYMMETRIC),
             _ => None,
         }
     }
@@ -417,158 +409,6 @@ fn spec(
         inputs,
         outputs,
     }
-}
-
-fn quality(
-    found: &BTreeMap<String, ArrayD<f32>>,
-    expected: &BTreeMap<String, ArrayD<f32>>,
-    range: Option<Range>,
-) -> Quality {
-    let mut worst = Quality {
-        max_error: 0.0,
-        cosine: 1.0,
-        psnr_db: None,
-    };
-    for (name, expected) in expected {
-        let Some(found) = found.get(name) else {
-            worst.cosine = f64::NAN;
-            continue;
-        };
-        let distance = Distance::between(found.view(), expected.view());
-        worst.max_error = worst.max_error.max(distance.max_error);
-        // NaN is worse than anything.
-        if !(distance.cosine >= worst.cosine) {
-            worst.cosine = distance.cosine;
-        }
-        if let Some(range) = range {
-            let picture = |values: &ArrayD<f32>| values.mapv(|value| range.apply(value));
-            let distance = Distance::between(picture(found).view(), picture(expected).view());
-            let psnr = distance.psnr_db.min(EQUAL_DB);
-            worst.psnr_db = Some(worst.psnr_db.map_or(psnr, |least: f64| least.min(psnr)));
-        }
-    }
-    worst
-}
-
-/// Values whose nodes read or make what fp16 might not hold.
-fn beyond_range(
-    typed: &ModelProto,
-    largest: &HashMap<String, f32>,
-    wide: &BTreeSet<String>,
-) -> BTreeSet<String> {
-    let limit = half::f16::MAX.to_f32() / HEADROOM;
-    let Some(graph) = &typed.graph else {
-        return BTreeSet::new();
-    };
-    let types = types::Types::of(graph, wide);
-    let beyond = |name: &&String| {
-        types.is_half(name) && largest.get(*name).is_some_and(|&value| value > limit)
-    };
-    let nodes = graph.node.iter().filter(|node| node.op_type != "Cast");
-    nodes
-        .filter(|node| {
-            node.input
-                .iter()
-                .chain(&node.output)
-                .any(|name| beyond(&name))
-        })
-        .flat_map(|node| node.output.iter().cloned())
-        .collect()
-}
-
-/// Every value that a node computes in fp16.
-fn candidates(typed: &ModelProto, wide: &BTreeSet<String>) -> Vec<String> {
-    let Some(graph) = &typed.graph else {
-        return Vec::new();
-    };
-    let types = types::Types::of(graph, wide);
-    let nodes = graph.node.iter().filter(|node| node.op_type != "Cast");
-    nodes
-        .flat_map(|node| node.output.iter())
-        .filter(|output| types.is_half(output))
-        .cloned()
-        .collect()
-}
-
-fn half_weights(typed: &ModelProto, wide: &BTreeSet<String>) -> BTreeSet<String> {
-    let tensors = typed.graph.iter().flat_map(|graph| &graph.initializer);
-    tensors
-        .filter(|tensor| {
-            let half = tensor.data_type == element::FLOAT16 || wide.contains(&tensor.name);
-            half && !tensor.external_data.is_empty()
-        })
-        .map(|tensor| tensor.name.clone())
-        .collect()
-}
-
-/// A node's name with the weight it reads: `Conv_45 (decoder.conv_in.weight)`.
-fn label(graph: &GraphProto, value: &str) -> String {
-    let made = |node: &&NodeProto| node.output.iter().any(|output| output == value);
-    let Some(node) = graph.node.iter().find(made) else {
-        return value.to_owned();
-    };
-    let external = |name: &&String| {
-        let tensor = graph
-            .initializer
-            .iter()
-            .find(|tensor| tensor.name == **name);
-        tensor.is_some_and(|tensor| !tensor.external_data.is_empty())
-    };
-    match node.input.iter().find(external) {
-        Some(weight) => {
-            let key = reference::key(weight);
-            format!("{value} ({})", key.split('[').next().unwrap_or(key))
-        }
-        None => value.to_owned(),
-    }
-}
-
-fn record(
-    typed: &ModelProto,
-    islands: &Islands,
-    reference: &Reference,
-    quality: Quality,
-) -> StageAudit {
-    let nothing = GraphProto::default();
-    let graph = typed.graph.as_ref().unwrap_or(&nothing);
-    let made = graph.node.iter().flat_map(|node| &node.output);
-    let mut top: Option<(&String, f32)> = None;
-    for value in made {
-        if let Some(&magnitude) = reference.largest.get(value)
-            && top.is_none_or(|(_, most)| magnitude > most)
-        {
-            top = Some((value, magnitude));
-        }
-    }
-    let rows = reference
-        .inputs
-        .first()
-        .map_or(0, |(_, values)| values.shape()[0]);
-    StageAudit {
-        probes: u32::try_from(rows).unwrap_or(u32::MAX),
-        largest: top.map_or(0.0, |(_, value)| rounded_off(f64::from(value))),
-        at: top.map_or(String::new(), |(value, _)| label(graph, value)),
-        islands: graph
-            .node
-            .iter()
-            .filter(|node| islands.holds(node))
-            .flat_map(|node| &node.output)
-            .map(|value| label(graph, value))
-            .collect(),
-        fp32_weights: islands
-            .weights
-            .iter()
-            .map(|name| reference::key(name).to_owned())
-            .collect(),
-        max_error: rounded_off(quality.max_error),
-        cosine: 1.0 - rounded_off(1.0 - quality.cosine),
-        psnr_db: quality.psnr_db.map(rounded_off),
-    }
-}
-
-/// Three digits: more would be the order of summation and not the network.
-fn rounded_off(value: f64) -> f64 {
-    format!("{value:.2e}").parse().unwrap_or(value)
 }
 
 /// Whether a plan's graphs are looked at before they are written.

@@ -8,7 +8,9 @@
 
 use std::collections::BTreeMap;
 
-use bundle::{DType, Dim, EdmSchedule, PriorSettings, StageName, TensorSpec, UnclipSettings};
+use bundle::{
+    DType, Dim, EdmSchedule, PriorSettings, RefinerSettings, StageName, TensorSpec, UnclipSettings,
+};
 use decoder::sampler::SigmaTable;
 use decoder::{Noise, NoiseKey, Stream, Tier};
 use ndarray::{ArrayD, Axis, IxDyn, Slice, concatenate};
@@ -33,6 +35,7 @@ pub(super) struct Chain {
     known: BTreeMap<&'static str, ArrayD<f32>>,
     prior: Option<PriorSettings>,
     unclip: Option<UnclipSettings>,
+    refiner: Option<RefinerSettings>,
     blurry_scale: f32,
     drawn: u32,
 }
@@ -43,6 +46,7 @@ impl Chain {
             known: BTreeMap::new(),
             prior: description.prior.clone(),
             unclip: description.unclip.clone(),
+            refiner: description.refiner.clone(),
             blurry_scale: description.blurry.map_or(1.0, |blurry| blurry.latent_scale),
             drawn: 0,
         }
@@ -102,11 +106,11 @@ impl Chain {
             (Some(S::Refiner), "context") => self.known_or_normal("prompt", shape),
             (Some(S::Refiner), "vector") => self.refiner_vector(shape),
             (Some(S::VaeDecoder | S::RefinerVaeDecoder | S::PreviewDecoder), "latent") => {
-                let scale = self.unclip.as_ref().map_or(0.13025, |u| u.scale_factor);
-                let scale = if stage == Some(S::PreviewDecoder) {
-                    1.0
-                } else {
-                    scale
+                let scale = match stage {
+                    Some(S::VaeDecoder) => self.unclip.as_ref().map(|s| s.scale_factor),
+                    Some(S::RefinerVaeDecoder) => self.refiner.as_ref().map(|s| s.scale_factor),
+                    // Preview decoders take latents as samplers leave them.
+                    _ => Some(1.0),
                 };
                 let mut latents = self.latents(shape);
                 if let Some(known) = self.fitting("latent", &[&[1], &shape[1..]].concat()) {
@@ -114,7 +118,7 @@ impl Chain {
                         .slice_axis_mut(Axis(0), Slice::from(..1))
                         .assign(&known);
                 }
-                latents / scale
+                latents / scale.unwrap_or(1.0)
             }
             (Some(S::BlurryDecoder), "latent") => {
                 self.known_or_normal("blurry_latent", shape) / self.blurry_scale
@@ -271,9 +275,9 @@ impl Chain {
             linear_end: 0.012,
             steps: 1000,
         };
-        self.unclip
-            .as_ref()
-            .map_or(released, |unclip| unclip.schedule)
+        let unclip = self.unclip.as_ref().map(|unclip| unclip.schedule);
+        let refiner = self.refiner.as_ref().map(|refiner| refiner.schedule);
+        unclip.or(refiner).unwrap_or(released)
     }
 
     fn times(&self) -> [f32; ROWS] {
