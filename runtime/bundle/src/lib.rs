@@ -23,10 +23,10 @@ mod write;
 
 pub use key::{KeyError, PublicKey, SecretKey, generate_keys};
 pub use manifest::{
-    BlurrySettings, DType, Dim, EdgeSettings, EdmSchedule, Entrance, FORMAT_VERSION,
+    Audit, BlurrySettings, DType, Dim, EdgeSettings, EdmSchedule, Entrance, FORMAT_VERSION,
     FewStepSampler, FileEntry, Lora, Manifest, ManifestError, Precision, PriorSettings,
-    PriorTables, RefinerEdgeSettings, RefinerSettings, Source, Stage, StageName, Subject,
-    TensorSpec, Tokenizers, UnclipSettings,
+    PriorTables, RefinerEdgeSettings, RefinerSettings, Source, Stage, StageAudit, StageName,
+    Subject, TensorSpec, Tokenizers, UnclipSettings,
 };
 pub use read::{Bundle, BundleError, UnverifiedBundle, open, sign};
 pub use write::{BundleWriter, WeightsWriter, WriteError};

@@ -147,6 +147,16 @@ impl BundleWriter {
         Ok(())
     }
 
+    /// Removes a file that was started or closed, so that it can be written anew or not at all.
+    ///
+    /// # Errors
+    /// [`WriteError::Io`].
+    pub fn remove(&mut self, relative: &str) -> Result<(), WriteError> {
+        let path = self.partial.join(relative);
+        self.files.remove(relative);
+        fs::remove_file(&path).map_err(|source| WriteError::Io { path, source })
+    }
+
     /// Writes the manifest with the list of files and moves the bundle to its place.
     ///
     /// # Errors
@@ -222,6 +232,17 @@ impl WeightsWriter {
         self.hasher.update(bytes);
         self.len_bytes += bytes.len() as u64;
         Ok(())
+    }
+
+    /// Hands everything written so far to the system, so that others can read it.
+    ///
+    /// # Errors
+    /// [`WriteError::Io`].
+    pub fn flush(&mut self) -> Result<(), WriteError> {
+        self.out.flush().map_err(|source| WriteError::Io {
+            path: self.path.clone(),
+            source,
+        })
     }
 
     /// Pads with zeros to the next 4 KiB and returns the offset reached, in bytes.

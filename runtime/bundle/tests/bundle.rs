@@ -54,6 +54,7 @@ fn manifest() -> Manifest {
         unclip: None,
         refiner: None,
         tokenizers: None,
+        audit: None,
         sources: Vec::new(),
         loras: Vec::new(),
         licences: vec!["MIT".into()],

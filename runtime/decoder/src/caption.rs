@@ -11,7 +11,7 @@ use ndarray::{Array2, Array3, ArrayD, ArrayView3, Axis, Ix2, Ix4, IxDyn, s};
 use crate::{Stage, StageError};
 
 /// Score of a place that is not there yet; its share of a softmax is zero also in half precision.
-const HIDDEN: f32 = -60_000.0;
+pub const HIDDEN: f32 = -4096.0;
 
 /// Why there is no caption.
 #[derive(Debug, thiserror::Error)]

@@ -1,11 +1,12 @@
 //! One network: an ONNX graph of a bundle, opened and called by name.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use bundle::{Bundle, DType, Dim, Stage as StageSpec, TensorSpec};
 use ndarray::{ArrayD, ArrayViewD};
+use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{Session, SessionInputValue};
 use ort::value::{Outlet, Tensor, TensorElementType, TensorRef, ValueType};
 
@@ -107,7 +108,38 @@ impl Stage {
             path: path.clone(),
             source,
         })?;
-        let session = open_session(runtime, bundle, &bytes).map_err(|source| StageError::Load {
+        Stage::of_session(
+            path,
+            spec,
+            open_session(runtime, bundle.dir(), &bytes, None),
+        )
+    }
+
+    /// Opens a graph for looking into it: operator by operator as it is written, without ONNX
+    /// Runtime's optimisations, some of which would remove what is being looked at.
+    ///
+    /// - `root`: the folder that the graph's external data is named from.
+    /// - `spec`: what the graph takes and gives; its path stands in messages only.
+    ///
+    /// # Errors
+    /// [`StageError`] where the graph cannot be loaded or is not the one that is described.
+    pub fn open_as_written(
+        runtime: &Runtime,
+        root: &Path,
+        spec: &StageSpec,
+        graph: &[u8],
+    ) -> Result<Stage, StageError> {
+        let level = Some(GraphOptimizationLevel::Disable);
+        let session = open_session(runtime, root, graph, level);
+        Stage::of_session(root.join(&spec.graph), spec, session)
+    }
+
+    fn of_session(
+        path: PathBuf,
+        spec: &StageSpec,
+        session: ort::Result<Session>,
+    ) -> Result<Stage, StageError> {
+        let session = session.map_err(|source| StageError::Load {
             path: path.clone(),
             source,
         })?;
@@ -135,6 +167,31 @@ impl Stage {
     /// # Errors
     /// [`StageError`] for missing, unknown or misshapen inputs, and for results that are no numbers.
     pub fn run(
+        &self,
+        inputs: &[(&str, ArrayViewD<'_, f32>)],
+    ) -> Result<BTreeMap<String, ArrayD<f32>>, StageError> {
+        let outputs = self.run_unchecked(inputs)?;
+        for spec in &self.spec.outputs {
+            let Some(values) = outputs.get(&spec.name) else {
+                continue;
+            };
+            if let Some((index, &value)) = values.iter().enumerate().find(|(_, v)| !v.is_finite()) {
+                return Err(StageError::NotFinite {
+                    graph: self.spec.graph.clone(),
+                    output: spec.name.clone(),
+                    index,
+                    value,
+                });
+            }
+        }
+        Ok(outputs)
+    }
+
+    /// As [`Self::run`], for those who want to see results that are no numbers.
+    ///
+    /// # Errors
+    /// [`StageError`] for missing, unknown or misshapen inputs.
+    pub fn run_unchecked(
         &self,
         inputs: &[(&str, ArrayViewD<'_, f32>)],
     ) -> Result<BTreeMap<String, ArrayD<f32>>, StageError> {
@@ -201,24 +258,21 @@ impl Stage {
                 continue;
             };
             let values = value.try_extract_array::<f32>().map_err(failed)?.to_owned();
-            if let Some((index, &value)) = values.iter().enumerate().find(|(_, v)| !v.is_finite()) {
-                return Err(StageError::NotFinite {
-                    graph: graph(),
-                    output: spec.name.clone(),
-                    index,
-                    value,
-                });
-            }
             outputs.insert(spec.name.clone(), values);
         }
         Ok(outputs)
     }
 }
 
-fn open_session(runtime: &Runtime, bundle: &Bundle, graph: &[u8]) -> ort::Result<Session> {
+fn open_session(
+    runtime: &Runtime,
+    root: &Path,
+    graph: &[u8],
+    level: Option<GraphOptimizationLevel>,
+) -> ort::Result<Session> {
     // Weights are named relative to the bundle's root. Given as bytes, a graph has no folder of its
     // own, and ONNX Runtime takes this one instead.
-    let folder = bundle.dir().to_string_lossy();
+    let folder = root.to_string_lossy();
     let mut builder = Session::builder(runtime.environment())?
         .with_intra_threads(runtime.threads())?
         .with_config_entry(
@@ -228,6 +282,9 @@ fn open_session(runtime: &Runtime, bundle: &Bundle, graph: &[u8]) -> ort::Result
         // Prepacking doubles resident weights and gains at most a seventh of the time.
         .with_prepacking(false)?
         .with_deterministic_compute(true)?;
+    if let Some(level) = level {
+        builder = builder.with_optimization_level(level)?;
+    }
     builder.commit_from_memory(graph)
 }
 
@@ -239,11 +296,7 @@ fn fits(spec: &TensorSpec, shape: &[usize]) -> bool {
         })
 }
 
-fn compare(
-    path: &std::path::Path,
-    specs: &[TensorSpec],
-    found: &[Outlet],
-) -> Result<(), StageError> {
+fn compare(path: &Path, specs: &[TensorSpec], found: &[Outlet]) -> Result<(), StageError> {
     let same = specs.len() == found.len()
         && specs
             .iter()

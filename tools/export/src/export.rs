@@ -3,7 +3,9 @@
 //! 1. Open every checkpoint; a container that cannot be read stops here.
 //! 2. Describe each stage's graph. Missing keys, wrong shapes and unknown tensors are noted.
 //! 3. Anything noted stops here, after the numbers of all tensors were looked at as well.
-//! 4. Stream the weights, converted and checked, then the graphs, then the manifest.
+//! 4. Stream the weights, converted and checked.
+//! 5. Run each network of an fp16 bundle ([`crate::audit`]), which decides what stays in fp32.
+//! 6. Write the graphs, then the manifest.
 //!
 //! The target appears whole or not at all.
 
@@ -13,18 +15,19 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use bundle::{
-    BundleWriter, FORMAT_VERSION, Manifest, Source, Stage, StageName, Subject, Tokenizers,
-    WriteError,
+    Audit, BundleWriter, FORMAT_VERSION, Manifest, Precision, Source, Stage, StageName, Subject,
+    Tokenizers, WriteError,
 };
 use prost::Message;
 use sha2::{Digest, Sha256};
 
+use crate::audit::{self, AuditError, Audited, Auditor, Held, Islands, Verdict};
 use crate::checkpoint::{Checkpoint, CheckpointError, Part, TensorRef};
 use crate::describe::{Description, describe};
 use crate::graph::Graph;
 use crate::plan::Plan;
 use crate::section::{Problem, Section, chain};
-use crate::weights;
+use crate::weights::{self, Rounding, Written};
 
 /// Role of the files that are merged into other sources.
 pub(crate) const LORA: &str = "lora";
@@ -33,6 +36,8 @@ const MAX_MASK_BYTES: u64 = 64 << 20;
 
 /// What every key starts with where a model was saved in its wrapper.
 const WRAPPER: &str = "module.";
+/// Weights that only the audit needs; gone before the bundle is.
+const PASSING: &str = "audit.bin";
 
 /// Why no bundle was written.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +73,9 @@ pub enum ExportError {
     /// The bundle cannot be written.
     #[error("cannot write the bundle")]
     Write(#[from] WriteError),
+    /// A network does not do what it must in fp16.
+    #[error("the audit found the bundle wanting, nothing was written")]
+    Audit(#[from] AuditError),
     /// A tensor cannot be read while it is written to the bundle.
     #[error("cannot read {key}")]
     Tensor {
@@ -121,7 +129,7 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    fn label(&self) -> String {
+    pub(crate) fn label(&self) -> String {
         match self {
             Place::Shared(name) => name.to_string(),
             Place::Subject { id, .. } => format!("subject {id}"),
@@ -226,17 +234,45 @@ fn open(plan: &Plan) -> Result<Vec<Opened>, ExportError> {
     }
 }
 
+/// What an export says of each network that was audited.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct Report {
+    /// In the order they were written; empty for fp32 and without an audit.
+    pub stages: Vec<StageReport>,
+}
+
+/// One network's audit, with what differs from run to run and is not kept in the manifest.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct StageReport {
+    /// The network.
+    pub stage: String,
+    /// As in the manifest.
+    #[serde(flatten)]
+    pub audit: bundle::StageAudit,
+    /// Wall time of one call with every intermediate rounded, milliseconds.
+    pub milliseconds: f64,
+    /// Memory around that call.
+    pub memory: audit::memory::Resident,
+}
+
 /// Exports a plan to `out`; `say` is told of each step.
 ///
 /// # Errors
 /// [`ExportError`]; nothing is left behind.
-pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), ExportError> {
+pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<Report, ExportError> {
     let opened = open(plan)?;
-    let description = describe(plan, &opened)?;
+    let mut description = describe(plan, &opened)?;
     for (lora, merged) in plan.loras.iter().zip(&description.loras) {
         merged.say(&file_name(&lora.file), say);
     }
     let mut writer = BundleWriter::create(out)?;
+    let mut auditor = if audit::wanted(plan) {
+        let reduced = |precision| describe(&audit::reduced(plan, precision), &opened);
+        let (wide, half) = (reduced(Precision::Fp32)?, reduced(Precision::Fp16)?);
+        Some(Auditor::new(plan, writer.dir().to_owned(), wide, half)?)
+    } else {
+        None
+    };
     let (stages, sources) = std::thread::scope(|scope| {
         let hashing = scope.spawn(|| {
             opened
@@ -245,7 +281,8 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
                 .collect::<Result<Vec<_>, _>>()
                 .map(|sources| sources.concat())
         });
-        let written = write_stages(&description.planned, &mut writer, say);
+        let planned = &mut description.planned;
+        let written = write_stages(planned, &mut writer, auditor.as_mut(), say);
         let sources = hashing
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -269,6 +306,7 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
         unclip: description.unclip,
         refiner: description.refiner,
         tokenizers,
+        audit: auditor.is_some().then(Audit::default),
         sources,
         loras: lora_files
             .into_iter()
@@ -278,7 +316,20 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
         licences: plan.licences.clone(),
         files: BTreeMap::new(),
     };
-    for (planned, stage) in description.planned.into_iter().zip(stages) {
+    let mut report = Report::default();
+    for (planned, (stage, audited)) in description.planned.into_iter().zip(stages) {
+        if let (Some(audit), Some(audited)) = (&mut manifest.audit, audited) {
+            report.stages.push(StageReport {
+                stage: planned.place.label(),
+                audit: audited.record.clone(),
+                milliseconds: audited.milliseconds,
+                memory: audited.memory,
+            });
+            match &planned.place {
+                Place::Shared(name) => audit.stages.insert(*name, audited.record),
+                Place::Subject { id, .. } => audit.subjects.insert(id.clone(), audited.record),
+            };
+        }
         match planned.place {
             Place::Shared(name) => {
                 manifest.stages.insert(name, stage);
@@ -304,7 +355,7 @@ pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), 
         }
     }
     writer.finish(manifest)?;
-    Ok(())
+    Ok(report)
 }
 
 fn add_vocabularies(
@@ -382,40 +433,135 @@ fn hash_part(role: &str, part: &Part) -> Result<Source, ExportError> {
     })
 }
 
-/// Writes graphs and weights in plan order; all numbers are checked, and all bad ones named, before it fails.
+/// Writes weights and graphs in plan order; all numbers are checked, and all bad ones named, before it fails.
 fn write_stages(
-    planned: &[Planned<'_>],
+    planned: &mut [Planned<'_>],
     writer: &mut BundleWriter,
+    mut auditor: Option<&mut Auditor<'_>>,
     say: &mut dyn FnMut(&str),
-) -> Result<Vec<Stage>, ExportError> {
-    let mut stages = Vec::new();
+) -> Result<Vec<(Stage, Option<Audited>)>, ExportError> {
     let mut problems = Vec::new();
-    for Planned { place, graph } in planned {
-        let (graph_path, weights_path) = place.paths();
-        let mut file = writer.weights(&weights_path)?;
-        let offsets = weights::write(graph.weights(), &mut file, &mut problems)?;
+    let mut weights = Vec::new();
+    for stage in planned.iter() {
+        let (written, len_bytes) = write_weights(stage, writer, &mut problems)?;
         say(&format!(
             "{}: {} tensors, {}",
-            place.label(),
-            offsets.len(),
-            megabytes(file.len_bytes())
+            stage.place.label(),
+            written.len(),
+            megabytes(len_bytes)
         ));
-        writer.close(file)?;
-        let model = graph.model(&weights_path, &offsets);
+        if auditor.is_none() {
+            problems.extend(beyond(&stage.graph, &written));
+        }
+        weights.push(written);
+    }
+    if !problems.is_empty() {
+        return Err(ExportError::Problems { problems });
+    }
+    let mut stages = Vec::new();
+    for (index, (stage, mut written)) in planned.iter_mut().zip(weights).enumerate() {
+        let audited = match auditor.as_deref_mut() {
+            Some(auditor) => Some(look(auditor, index, stage, &mut written, writer)?),
+            None => None,
+        };
+        if let Some(audited) = &audited {
+            say(&told(&stage.place, audited));
+        }
+        let (graph_path, weights_path) = stage.place.paths();
+        let offsets: Vec<u64> = written.iter().map(|written| written.offset).collect();
+        let mut model = stage.graph.model(&weights_path, &offsets);
+        let islands = audited
+            .as_ref()
+            .map_or(&Islands::default(), |a| &a.islands)
+            .clone();
+        islands.apply(model.graph.get_or_insert_default());
         writer.add(&graph_path, &model.encode_to_vec())?;
-        let (inputs, outputs) = graph.specs();
-        stages.push(Stage {
+        let (inputs, outputs) = stage.graph.specs();
+        let stage = Stage {
             graph: graph_path,
             weights: Some(weights_path),
             inputs,
             outputs,
-        });
+        };
+        stages.push((stage, audited));
     }
-    if problems.is_empty() {
-        Ok(stages)
-    } else {
-        Err(ExportError::Problems { problems })
+    Ok(stages)
+}
+
+fn write_weights(
+    stage: &Planned<'_>,
+    writer: &mut BundleWriter,
+    problems: &mut Vec<Problem>,
+) -> Result<(Vec<Written>, u64), ExportError> {
+    let mut file = writer.weights(&stage.place.paths().1)?;
+    let written = weights::write(stage.graph.weights(), &mut file, problems)?;
+    let len_bytes = file.len_bytes();
+    writer.close(file)?;
+    Ok((written, len_bytes))
+}
+
+fn beyond(graph: &Graph<'_>, written: &[Written]) -> Vec<Problem> {
+    let all = graph.weights().iter().zip(written);
+    all.filter_map(|(weight, written)| match written.rounding {
+        Rounding::Beyond { value, index } => Some(weights::beyond(weight, value, index)),
+        _ => None,
+    })
+    .collect()
+}
+
+/// Audits one network; writes its weights anew where some must be stored in fp32.
+fn look(
+    auditor: &mut Auditor<'_>,
+    index: usize,
+    stage: &mut Planned<'_>,
+    written: &mut Vec<Written>,
+    writer: &mut BundleWriter,
+) -> Result<Audited, ExportError> {
+    let path = stage.place.paths().1;
+    // Numbers were checked when they were written first.
+    let mut problems = Vec::new();
+    let mut wide = audit::unfit(&stage.graph, written);
+    loop {
+        if !wide.is_empty() {
+            stage.graph.keep_wide(&wide);
+            writer.remove(&path)?;
+            *written = write_weights(stage, writer, &mut problems)?.0;
+        }
+        let held = Held {
+            path: &path,
+            graph: &stage.graph,
+            written,
+            wide: &wide,
+        };
+        let mut file = writer.weights(PASSING)?;
+        let places = weights::write(&auditor.missing(index, &held), &mut file, &mut problems)?;
+        file.flush()?;
+        let verdict = auditor.look(index, &held, (PASSING, &places));
+        drop(file);
+        writer.remove(PASSING)?;
+        match verdict? {
+            Verdict::Done(audited) => return Ok(*audited),
+            Verdict::Store(more) => wide = more,
+        }
     }
+}
+
+fn told(place: &Place, audited: &Audited) -> String {
+    let record = &audited.record;
+    let psnr = record
+        .psnr_db
+        .map_or(String::new(), |psnr| format!(", {psnr:.1} dB"));
+    format!(
+        "{}: largest {} at {}; {} nodes and {} weights in fp32; rounded to fp16: cosine {:.6}{psnr}, {:.0} ms, {} at most",
+        place.label(),
+        record.largest,
+        record.at,
+        record.islands.len(),
+        record.fp32_weights.len(),
+        record.cosine,
+        audited.milliseconds,
+        megabytes(audited.memory.peak_bytes),
+    )
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]

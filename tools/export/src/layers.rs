@@ -211,8 +211,8 @@ pub fn attention(g: &mut Graph<'_>, q: &Value, k: &Value, v: &Value, heads: u64)
 
 /// What hides later tokens from earlier ones: `[n, n]`, zero or a number whose softmax share is zero.
 pub fn causal_mask(g: &mut Graph<'_>, tokens: u64) -> Value {
-    // Finite, and within half precision: a row is never hidden altogether.
-    const HIDDEN: f32 = -60_000.0;
+    // Finite, and far within half precision: a row is never hidden altogether.
+    const HIDDEN: f32 = decoder::caption::HIDDEN;
     let side = usize::try_from(tokens).expect("token counts fit memory");
     let row = |query: usize| (0..side).map(move |key| if key > query { HIDDEN } else { 0.0 });
     let values = (0..side).flat_map(row).collect();

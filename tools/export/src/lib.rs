@@ -4,6 +4,7 @@
 //! executing anything, [`stages`] describe each network as an ONNX graph, [`export`] writes the
 //! bundle, [`check`] replays recorded reference vectors through it, [`pool`] embeds pictures for retrieval with it.
 
+pub mod audit;
 pub mod check;
 pub mod checkpoint;
 mod describe;

@@ -98,6 +98,15 @@ struct BundleArgs {
     /// Export although a checkpoint holds tensors that the networks do not know
     #[arg(long)]
     allow_unexpected: bool,
+    /// Write an fp16 bundle without running its networks first; the manifest says so
+    #[arg(long)]
+    no_audit: bool,
+    /// Where the audit's figures go as JSON, with times and memory
+    #[arg(long)]
+    report: Option<PathBuf>,
+    /// The ONNX Runtime library of the audit (default: ORT_DYLIB_PATH, then beside this program)
+    #[arg(long)]
+    onnxruntime: Option<PathBuf>,
     /// The bundle's folder; must not exist yet
     #[arg(long)]
     out: PathBuf,
@@ -212,10 +221,17 @@ fn run_bundle(args: BundleArgs) -> Result<(), Failure> {
         _ => return Err("give --recipe FILE, or --folder DIR with --precision".into()),
     };
     plan.allow_unexpected |= args.allow_unexpected;
+    plan.audit &= !args.no_audit;
+    plan.onnxruntime = args.onnxruntime;
     for note in &plan.notes {
         progress(&format!("note: {note}"));
     }
-    export(&plan, &args.out, &mut progress)?;
+    let report = export(&plan, &args.out, &mut progress)?;
+    if let Some(path) = &args.report {
+        let mut bytes = serde_json::to_vec_pretty(&report)?;
+        bytes.push(b'\n');
+        std::fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()))?;
+    }
     say(&format!(
         "{}: {} bundle, not signed yet",
         args.out.display(),

@@ -16,7 +16,49 @@ const MAX_TURNED: u64 = 1 << 27;
 /// Values converted at a time.
 const CHUNK: usize = 1 << 18;
 
-/// Appends all weights; returns the offset of each. Bad numbers go to `problems`.
+/// Rounding that costs a weight more than this share of its Euclidean norm is no ordinary rounding:
+/// numbers within fp16's range lose about a tenth of it.
+const MAX_LOST: f64 = 1.0 / 512.0;
+
+/// A weight in the bundle.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Written {
+    /// Where it starts in the file.
+    pub offset: u64,
+    /// What its element type did to its numbers.
+    pub rounding: Rounding,
+}
+
+/// What an element type does to a weight's numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Rounding {
+    /// Every number is what it was.
+    Exact,
+    /// Ordinary rounding.
+    Near,
+    /// Numbers are so small that fp16 keeps too little of them.
+    Lossy,
+    /// A number is larger than fp16 can hold.
+    Beyond {
+        /// The number.
+        value: f32,
+        /// Its place in the checkpoint's tensor.
+        index: u64,
+    },
+}
+
+/// The problem that a weight beyond fp16 is where nothing may be kept in fp32.
+#[must_use]
+pub fn beyond(weight: &Weight<'_>, value: f32, index: u64) -> Problem {
+    let (file, key) = origin(weight);
+    let limit = f16::MAX;
+    let message = format!(
+        "expected at most {limit} in fp16, found {value} at flat index {index}; export this bundle in fp32, or with the audit"
+    );
+    Problem { file, key, message }
+}
+
+/// Appends all weights; returns where each lies. Bad numbers go to `problems`.
 ///
 /// # Errors
 /// [`ExportError`] where the bundle cannot be written or a tensor cannot be read.
@@ -24,15 +66,18 @@ pub fn write(
     weights: &[Weight<'_>],
     out: &mut WeightsWriter,
     problems: &mut Vec<Problem>,
-) -> Result<Vec<u64>, ExportError> {
-    let mut offsets = Vec::with_capacity(weights.len());
+) -> Result<Vec<Written>, ExportError> {
+    let mut written = Vec::with_capacity(weights.len());
     for weight in weights {
-        offsets.push(out.align()?);
+        let offset = out.align()?;
         let mut sink = Sink {
             weight,
             out: &mut *out,
             bytes: Vec::new(),
             bad: None,
+            beyond: None,
+            lost: 0.0,
+            squares: 0.0,
             failed: None,
         };
         match &weight.numbers {
@@ -48,6 +93,7 @@ pub fn write(
             // Reported when it was asked for; an export with problems never comes here.
             Numbers::Missing => {}
         }
+        let rounding = sink.rounding();
         if let Some(failed) = sink.failed {
             return Err(failed.into());
         }
@@ -56,8 +102,9 @@ pub fn write(
             let message = format!("{message}{}", merged(weight));
             problems.push(Problem { file, key, message });
         }
+        written.push(Written { offset, rounding });
     }
-    Ok(offsets)
+    Ok(written)
 }
 
 fn unreadable(weight: &Weight<'_>, source: CheckpointError) -> ExportError {
@@ -92,6 +139,11 @@ struct Sink<'w, 'c> {
     out: &'w mut WeightsWriter,
     bytes: Vec<u8>,
     bad: Option<String>,
+    /// The first number that fp16 cannot hold, and where it is.
+    beyond: Option<(f32, u64)>,
+    /// Sum of the squares of what rounding took, and of the numbers.
+    lost: f64,
+    squares: f64,
     failed: Option<bundle::WriteError>,
 }
 
@@ -101,11 +153,15 @@ impl Sink<'_, '_> {
             self.check(offset + part * CHUNK as u64, values);
             self.bytes.clear();
             match self.weight.elem {
-                Elem::F16 => self.bytes.extend(
-                    values
-                        .iter()
-                        .flat_map(|&value| f16::from_f32(value).to_le_bytes()),
-                ),
+                Elem::F16 => {
+                    for &value in values {
+                        let half = f16::from_f32(value);
+                        let lost = f64::from(value - half.to_f32());
+                        self.lost += lost * lost;
+                        self.squares += f64::from(value) * f64::from(value);
+                        self.bytes.extend(half.to_le_bytes());
+                    }
+                }
                 _ => self
                     .bytes
                     .extend(values.iter().flat_map(|value| value.to_le_bytes())),
@@ -127,16 +183,21 @@ impl Sink<'_, '_> {
                 offset + at as u64
             ));
         } else if self.weight.elem == Elem::F16
+            && self.beyond.is_none()
             && let Some(at) = values
                 .iter()
-                .position(|&value| value.abs() > f16::MAX.to_f32())
+                .position(|&value| f16::from_f32(value).is_infinite())
         {
-            let limit = f16::MAX;
-            self.bad = Some(format!(
-                "expected at most {limit} in fp16, found {} at flat index {}; export this bundle in fp32",
-                values[at],
-                offset + at as u64
-            ));
+            self.beyond = Some((values[at], offset + at as u64));
+        }
+    }
+
+    fn rounding(&self) -> Rounding {
+        match self.beyond {
+            Some((value, index)) => Rounding::Beyond { value, index },
+            None if self.lost == 0.0 => Rounding::Exact,
+            None if self.lost <= self.squares * MAX_LOST * MAX_LOST => Rounding::Near,
+            None => Rounding::Lossy,
         }
     }
 

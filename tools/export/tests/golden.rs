@@ -31,7 +31,7 @@ fn from_folder(dir: &Path, precision: Precision, out: &Path) {
 fn from_recipe(dir: &Path, text: &str, out: &Path) -> Result<(), ExportError> {
     let recipe = dir.join("recipe.toml");
     fs::write(&recipe, text).unwrap();
-    export(&Plan::from_recipe(&recipe).unwrap(), out, &mut |_| {})
+    export(&Plan::from_recipe(&recipe).unwrap(), out, &mut |_| {}).map(|_| ())
 }
 
 /// Checks a bundle; returns whether it passed, and the table.

@@ -32,7 +32,7 @@ fn bundled(weights: &Path, precision: &str, dir: &Path) -> Result<PathBuf, Strin
     fs::write(&recipe, text).unwrap();
     let out = dir.join("bundle");
     let exported = export(&Plan::from_recipe(&recipe).unwrap(), &out, &mut |_| {});
-    exported.map_err(|error| chain(&error)).map(|()| out)
+    exported.map_err(|error| chain(&error)).map(|_| out)
 }
 
 fn farthest(bundle: &Path) -> f32 {

@@ -8,10 +8,12 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+mod audit;
 mod lora;
 mod settings;
 mod stage;
 
+pub use audit::{Audit, StageAudit};
 pub use lora::Lora;
 pub use settings::{
     BlurrySettings, EdgeSettings, EdmSchedule, Entrance, FewStepSampler, PriorSettings,
@@ -60,6 +62,9 @@ pub struct Manifest {
     /// Vocabularies of the text encoders and of the captioner.
     #[serde(default)]
     pub tokenizers: Option<Tokenizers>,
+    /// What fp16 does to the networks; `None` for fp32 and where the exporter was told not to look.
+    #[serde(default)]
+    pub audit: Option<Audit>,
     /// The checkpoints this bundle was made from.
     pub sources: Vec<Source>,
     /// LoRA files that were merged into its networks, in order.

@@ -5,6 +5,7 @@
 //! exported from; files of other variants are listed as not in this bundle.
 
 mod chain;
+mod figures;
 mod golden;
 mod lora;
 mod networks;
@@ -22,7 +23,11 @@ use std::path::PathBuf;
 
 use bundle::{Bundle, BundleError, Precision, Stage as StageSpec, StageName};
 use decoder::{Runtime, Stage};
+
+use crate::audit::{self, RewriteError};
+pub use figures::{StageFigures, Worst};
 pub use golden::{GoldenError, Vectors};
+pub(crate) use report::{Distance, HALF_COSINE, HALF_PSNR_DB};
 pub use report::{Report, Row, Tolerance, Verdict};
 pub use weights::WeightsError;
 
@@ -60,6 +65,14 @@ pub enum CheckError {
         stage: String,
         /// What is wrong.
         source: decoder::StageError,
+    },
+    /// A stage's graph cannot be rewritten for the rounded rows.
+    #[error("{path}")]
+    Rewrite {
+        /// The graph.
+        path: PathBuf,
+        /// Why.
+        source: RewriteError,
     },
     /// A sampler cannot run.
     #[error("the {sampler} sampler failed")]
@@ -135,6 +148,7 @@ pub fn run(options: &CheckOptions, out: &mut dyn Write) -> Result<bool, CheckErr
         runtime: Runtime::load(&library, THREADS)?,
         golden: options.golden.clone(),
         bundle,
+        arithmetic: Arithmetic::AsLoaded,
     };
     let report = parity.report()?;
     let printed = |source| CheckError::Report {
@@ -163,8 +177,19 @@ enum Variant {
     Control,
 }
 
+/// What becomes of intermediates that a graph holds in fp16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Arithmetic {
+    /// What ONNX Runtime makes of it.
+    AsLoaded,
+    /// Each is rounded to fp16.
+    Rounded,
+}
+
 /// A bundle beside its reference vectors.
+#[derive(Clone)]
 struct Parity {
+    arithmetic: Arithmetic,
     runtime: Runtime,
     bundle: Bundle,
     golden: PathBuf,
@@ -174,14 +199,10 @@ type Rows = Result<Vec<Row>, CheckError>;
 
 impl Parity {
     fn report(&self) -> Result<Report, CheckError> {
-        let mut rows = Vec::new();
-        rows.extend(self.mindeye_rows()?);
-        rows.extend(self.blurry_rows()?);
-        rows.extend(self.unclip_rows()?);
-        rows.extend(self.tower_rows()?);
-        rows.extend(self.word_rows()?);
-        rows.extend(self.picture_rows()?);
-        rows.extend(self.chain_rows()?);
+        let mut rows = self.rows()?;
+        if self.precision() == Precision::Fp16 {
+            rows.extend(self.rounded_rows()?);
+        }
         rows.extend(self.lora_rows()?);
         rows.extend(self.scheduler_rows()?);
         let arithmetic = match self.precision() {
@@ -191,8 +212,50 @@ impl Parity {
         Ok(Report {
             precision: self.precision(),
             arithmetic: arithmetic.into(),
+            stages: self.figures(&rows)?,
             rows,
         })
+    }
+
+    /// Single calls of each stage with every intermediate rounded to fp16.
+    fn rounded_rows(&self) -> Rows {
+        let rounded = Parity {
+            arithmetic: Arithmetic::Rounded,
+            ..self.clone()
+        };
+        let mut rows = rounded.rows()?;
+        rows.retain(|row| {
+            row.verdict != Verdict::NotInThisBundle
+                && figures::stage_of(&row.vectors, &row.quantity).is_some()
+        });
+        for row in &mut rows {
+            row.rounded = true;
+            let remark = match row.note.as_str() {
+                "" => "rounded to fp16".into(),
+                note => format!("rounded to fp16, {note}"),
+            };
+            row.note = remark;
+        }
+        Ok(rows)
+    }
+
+    /// Whether samplers are run: with every intermediate rounded, single calls tell enough.
+    fn samples(&self) -> bool {
+        self.arithmetic == Arithmetic::AsLoaded
+    }
+
+    fn rows(&self) -> Rows {
+        let mut rows = Vec::new();
+        rows.extend(self.mindeye_rows()?);
+        rows.extend(self.blurry_rows()?);
+        rows.extend(self.unclip_rows()?);
+        rows.extend(self.tower_rows()?);
+        if self.samples() {
+            rows.extend(self.word_rows()?);
+            rows.extend(self.picture_rows()?);
+            rows.extend(self.chain_rows()?);
+        }
+        Ok(rows)
     }
 
     fn precision(&self) -> Precision {
@@ -270,9 +333,20 @@ impl Parity {
     }
 
     fn open(&self, name: &str, spec: &StageSpec) -> Result<Stage, CheckError> {
-        Stage::open(&self.runtime, &self.bundle, spec).map_err(|source| CheckError::Stage {
+        let failed = |source| CheckError::Stage {
             stage: name.into(),
             source,
-        })
+        };
+        if self.arithmetic == Arithmetic::AsLoaded {
+            return Stage::open(&self.runtime, &self.bundle, spec).map_err(failed);
+        }
+        let path = self.bundle.dir().join(&spec.graph);
+        let bytes = fs::read(&path).map_err(|source| CheckError::Read {
+            path: path.clone(),
+            source,
+        })?;
+        let graph =
+            audit::emulated(&bytes).map_err(|source| CheckError::Rewrite { path, source })?;
+        Stage::open_as_written(&self.runtime, self.bundle.dir(), spec, &graph).map_err(failed)
     }
 }

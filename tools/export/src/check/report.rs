@@ -6,9 +6,9 @@ use ndarray::ArrayViewD;
 use serde::Serialize;
 
 /// Smallest cosine that an fp16 bundle may have with the reference.
-const HALF_COSINE: f64 = 0.9995;
+pub(crate) const HALF_COSINE: f64 = 0.9995;
 /// Smallest peak signal-to-noise ratio of an fp16 bundle's pictures, in dB.
-const HALF_PSNR_DB: f64 = 35.0;
+pub(crate) const HALF_PSNR_DB: f64 = 35.0;
 
 /// How near a result must be to its reference.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,6 +54,8 @@ pub struct Row {
     pub psnr_db: Option<f64>,
     /// Wall time of the network calls.
     pub milliseconds: Option<f64>,
+    /// Whether every intermediate was rounded to fp16.
+    pub rounded: bool,
     /// The verdict.
     pub verdict: Verdict,
     /// Why there is nothing to compare, or what was compared with what.
@@ -72,6 +74,7 @@ impl Row {
             cosine: None,
             psnr_db: None,
             milliseconds: None,
+            rounded: false,
             verdict: Verdict::NotInThisBundle,
             note: note.into(),
         }
@@ -183,11 +186,16 @@ impl Row {
     }
 }
 
-struct Distance {
-    max_error: f64,
+/// How far a result is from its reference.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Distance {
+    /// Largest absolute difference.
+    pub(crate) max_error: f64,
     max_relative: f64,
-    cosine: f64,
-    psnr_db: f64,
+    /// Cosine of the angle between the two.
+    pub(crate) cosine: f64,
+    /// Peak signal-to-noise ratio in dB, for values of 0..1.
+    pub(crate) psnr_db: f64,
 }
 
 impl Distance {
@@ -195,7 +203,7 @@ impl Distance {
         clippy::cast_precision_loss,
         reason = "counts of values are far below 2^53"
     )]
-    fn between(found: ArrayViewD<'_, f32>, expected: ArrayViewD<'_, f32>) -> Distance {
+    pub(crate) fn between(found: ArrayViewD<'_, f32>, expected: ArrayViewD<'_, f32>) -> Distance {
         let mut relative = 0.0_f64;
         let (mut largest, mut squares, mut dot, mut norm_found, mut norm_expected) =
             (0.0_f64, 0.0, 0.0, 0.0, 0.0);
@@ -248,6 +256,8 @@ pub struct Report {
     pub arithmetic: String,
     /// The comparisons.
     pub rows: Vec<Row>,
+    /// Each stage on its own.
+    pub stages: Vec<super::StageFigures>,
 }
 
 impl Report {
@@ -302,6 +312,25 @@ impl Report {
             .filter(|row| row.verdict == Verdict::NotInThisBundle)
         {
             writeln!(out, "{:<20} not in this bundle: {}", row.vectors, row.note)?;
+        }
+        if !self.stages.is_empty() {
+            writeln!(
+                out,
+                "{:<28} {:>9} {:>9} {:>12} {:>12} {:>12}",
+                "stage", "load ms", "call ms", "loaded MB", "after MB", "peak MB"
+            )?;
+        }
+        for stage in &self.stages {
+            writeln!(
+                out,
+                "{:<28} {:>9.1} {:>9.1} {:>12} {:>12} {:>12}",
+                stage.stage,
+                stage.load_milliseconds,
+                stage.milliseconds,
+                stage.loaded_anonymous_bytes / 1_000_000,
+                stage.memory.anonymous_bytes / 1_000_000,
+                stage.memory.peak_bytes / 1_000_000
+            )?;
         }
         let count = |verdict| {
             self.rows
@@ -358,7 +387,8 @@ mod tests {
             !Report {
                 precision: Precision::Fp32,
                 arithmetic: String::new(),
-                rows
+                rows,
+                stages: Vec::new(),
             }
             .passed()
         );

@@ -46,6 +46,9 @@ fn recorded(draws: &ArrayD<f32>) -> VecDeque<ArrayD<f32>> {
 impl Parity {
     /// One row per table of the noise schedule, and the two loops over it.
     pub(super) fn prior_sampler_rows(&self, stage: &Stage) -> Rows {
+        if !self.samples() {
+            return Ok(Vec::new());
+        }
         let Some(settings) = self.bundle.manifest().prior.clone() else {
             return Ok(Vec::new());
         };
@@ -246,6 +249,9 @@ impl Parity {
     /// The guided loops, step by step, and their pictures.
     pub(super) fn unclip_sampler_rows(&self) -> Rows {
         let mut rows = Vec::new();
+        if !self.samples() {
+            return Ok(rows);
+        }
         let Some(settings) = self.bundle.manifest().unclip.clone() else {
             return Ok(rows);
         };

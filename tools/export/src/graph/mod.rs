@@ -4,7 +4,7 @@
 //! found while the graph is built and not by the runtime that loads it. The activation type
 //! ([`Graph::act`]) is fp32 or fp16; casts are explicit nodes and nothing depends on builder flags.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use bundle::{DType, Dim as SpecDim, Precision, TensorSpec};
 
@@ -40,6 +40,15 @@ impl Elem {
             Elem::F16 => element::FLOAT16,
             Elem::I64 => element::INT64,
             Elem::Bool => element::BOOL,
+        }
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Elem::F32 => "fp32",
+            Elem::F16 => "fp16",
+            Elem::I64 => "int64",
+            Elem::Bool => "bool",
         }
     }
 
@@ -158,6 +167,8 @@ pub struct Graph<'c> {
     name: String,
     act: Elem,
     nodes: Vec<NodeProto>,
+    /// Nodes named so far.
+    named: usize,
     inline: Vec<TensorProto>,
     weights: Vec<Weight<'c>>,
     by_name: HashMap<String, Value>,
@@ -177,6 +188,7 @@ impl<'c> Graph<'c> {
             name: name.into(),
             act,
             nodes: Vec::new(),
+            named: 0,
             inline: Vec::new(),
             weights: Vec::new(),
             by_name: HashMap::new(),
@@ -329,7 +341,21 @@ impl<'c> Graph<'c> {
         elem: Elem,
         shape: Vec<Axis>,
     ) -> Value {
-        let name = format!("{op}_{}", self.nodes.len());
+        // Casts are not counted: a node has the same name in every precision.
+        let name = format!("{op}_{}", self.named);
+        self.named += 1;
+        self.push(name, op, inputs, attributes, elem, shape)
+    }
+
+    fn push(
+        &mut self,
+        name: String,
+        op: &str,
+        inputs: &[&Value],
+        attributes: Vec<AttributeProto>,
+        elem: Elem,
+        shape: Vec<Axis>,
+    ) -> Value {
         self.nodes.push(NodeProto {
             input: inputs.iter().map(|value| value.name.clone()).collect(),
             output: vec![name.clone()],
@@ -373,6 +399,15 @@ impl<'c> Graph<'c> {
             self.inputs.iter().map(spec).collect(),
             self.outputs.iter().map(spec).collect(),
         )
+    }
+
+    /// Stores weights of these names in fp32, whatever meets them.
+    pub fn keep_wide(&mut self, names: &BTreeSet<String>) {
+        for weight in &mut self.weights {
+            if names.contains(&weight.name) {
+                weight.elem = Elem::F32;
+            }
+        }
     }
 
     /// Weights in the order they are written.

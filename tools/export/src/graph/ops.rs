@@ -19,13 +19,14 @@ impl Graph<'_> {
         if x.elem == elem {
             return x.clone();
         }
-        self.node(
-            "Cast",
-            &[x],
-            vec![AttributeProto::int("to", i64::from(elem.onnx()))],
-            elem,
-            x.shape.clone(),
-        )
+        let name = format!("{}_as_{}", x.name, elem.word());
+        if let Some(value) = self.by_name.get(&name) {
+            return value.clone();
+        }
+        let to = vec![AttributeProto::int("to", i64::from(elem.onnx()))];
+        let value = self.push(name.clone(), "Cast", &[x], to, elem, x.shape.clone());
+        self.by_name.insert(name, value.clone());
+        value
     }
 
     /// Element-wise sum.

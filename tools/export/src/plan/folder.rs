@@ -92,6 +92,8 @@ impl Plan {
             loras: Vec::new(),
             settings,
             allow_unexpected,
+            audit: true,
+            onnxruntime: None,
             notes,
         };
         plan.checked(dir)

@@ -113,6 +113,10 @@ pub struct Plan {
     pub settings: ModelSettings,
     /// Export although the checkpoint holds tensors that the network does not know.
     pub allow_unexpected: bool,
+    /// Run the networks of an fp16 bundle before it is written, and keep in fp32 what must be.
+    pub audit: bool,
+    /// The ONNX Runtime library of the audit; `None` to look in the usual places.
+    pub onnxruntime: Option<PathBuf>,
     /// Usual files that were looked for and not found, and files that this version does not export.
     pub notes: Vec<String>,
 }

@@ -19,6 +19,8 @@ struct Recipe {
     random_weights: bool,
     #[serde(default)]
     allow_unexpected: bool,
+    #[serde(default = "audited")]
+    audit: bool,
     #[serde(default)]
     licences: Vec<String>,
     sources: Sources,
@@ -32,6 +34,10 @@ struct Recipe {
 
 fn first_version() -> u64 {
     1
+}
+
+fn audited() -> bool {
+    true
 }
 
 #[derive(Deserialize)]
@@ -95,6 +101,8 @@ impl Plan {
             loras,
             settings,
             allow_unexpected: recipe.allow_unexpected,
+            audit: recipe.audit,
+            onnxruntime: None,
             notes: Vec::new(),
         };
         plan.checked(path)
