@@ -1,12 +1,14 @@
 //! Weights on their way into a bundle: converted, checked, 4 KiB aligned.
 //!
-//! Tensors stream in chunks, so that one of seven gigabytes takes no more memory than a small one;
-//! only matrices that are turned are held whole.
+//! Tensors stream in blocks of a megabyte, so that one of seven gigabytes takes no more memory than a
+//! small one. Matrices that are turned are held once, in the bundle's element type. What keeps its
+//! type is looked at and copied, not converted.
 
 use bundle::WeightsWriter;
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
-use crate::checkpoint::{CheckpointError, TensorRef};
+use crate::checkpoint::{self, CheckpointError, Chunk, TensorDType, TensorRef};
 use crate::export::ExportError;
 use crate::graph::{Elem, Layout, Numbers, Weight};
 use crate::section::Problem;
@@ -15,6 +17,8 @@ use crate::section::Problem;
 const MAX_TURNED: u64 = 1 << 27;
 /// Values converted at a time.
 const CHUNK: usize = 1 << 18;
+/// Rows turned at a time: what a column gets of them fills a cache line in half precision.
+const BAND: usize = 32;
 
 /// Appends all weights; returns the offset of each. Bad numbers go to `problems`.
 ///
@@ -27,31 +31,27 @@ pub fn write(
 ) -> Result<Vec<u64>, ExportError> {
     let mut offsets = Vec::with_capacity(weights.len());
     for weight in weights {
-        offsets.push(out.align()?);
-        let mut sink = Sink {
-            weight,
-            out: &mut *out,
-            bytes: Vec::new(),
-            bad: None,
-            failed: None,
-        };
-        match &weight.numbers {
-            Numbers::Table(values) => sink.put(0, values),
+        offsets.push(out.align());
+        let bad = match &weight.numbers {
+            Numbers::Table(values) => write_table(weight.elem, values, out),
             Numbers::Tensor(tensor, Layout::AsStored) => {
-                let read = tensor.for_each_f32_chunk(|offset, values| {
-                    sink.put(offset, values);
-                    Ok(())
-                });
-                read.map_err(|source| unreadable(weight, source))?;
+                write_stored(weight.elem, tensor, out).map_err(|error| unreadable(weight, error))?
             }
-            Numbers::Tensor(tensor, Layout::Transposed) => sink.put_turned(tensor)?,
+            Numbers::Tensor(tensor, Layout::Transposed) => {
+                let [columns, rows] = [weight.shape[0], weight.shape[1]];
+                let turned = turn(weight.elem, tensor, rows, columns);
+                match turned.map_err(|error| unreadable(weight, error))? {
+                    Ok(bytes) => {
+                        out.write(&bytes);
+                        None
+                    }
+                    Err(bad) => Some(bad),
+                }
+            }
             // Reported when it was asked for; an export with problems never comes here.
-            Numbers::Missing => {}
-        }
-        if let Some(failed) = sink.failed {
-            return Err(failed.into());
-        }
-        if let Some(message) = sink.bad {
+            Numbers::Missing => None,
+        };
+        if let Some(message) = bad {
             let (file, key) = origin(weight);
             let message = format!("{message}{}", merged(weight));
             problems.push(Problem { file, key, message });
@@ -86,108 +86,274 @@ fn origin(weight: &Weight<'_>) -> (String, String) {
     }
 }
 
-/// Converts chunks to the weight's element type and remembers the first bad number.
-struct Sink<'w, 'c> {
-    weight: &'w Weight<'c>,
-    out: &'w mut WeightsWriter,
-    bytes: Vec<u8>,
-    bad: Option<String>,
-    failed: Option<bundle::WriteError>,
+fn write_table(elem: Elem, values: &[f32], out: &mut WeightsWriter) -> Option<String> {
+    let mut block = Block::new(elem);
+    for (part, values) in (0_u64..).zip(values.chunks(CHUNK)) {
+        block.take_values(part * CHUNK as u64, values);
+        out.write(&block.bytes);
+    }
+    block.bad
 }
 
-impl Sink<'_, '_> {
-    fn put(&mut self, offset: u64, values: &[f32]) {
-        for (part, values) in (0_u64..).zip(values.chunks(CHUNK)) {
-            self.check(offset + part * CHUNK as u64, values);
-            self.bytes.clear();
-            match self.weight.elem {
-                Elem::F16 => self.bytes.extend(
-                    values
-                        .iter()
-                        .flat_map(|&value| f16::from_f32(value).to_le_bytes()),
-                ),
-                _ => self
-                    .bytes
-                    .extend(values.iter().flat_map(|value| value.to_le_bytes())),
-            }
-            if self.failed.is_none() {
-                self.failed = self.out.write(&self.bytes).err();
-            }
-        }
-    }
-
-    fn check(&mut self, offset: u64, values: &[f32]) {
-        if self.bad.is_some() {
-            return;
-        }
-        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-            self.bad = Some(format!(
-                "expected finite values, found {} at flat index {}",
-                values[at],
-                offset + at as u64
-            ));
-        } else if self.weight.elem == Elem::F16
-            && let Some(at) = values
-                .iter()
-                .position(|&value| value.abs() > f16::MAX.to_f32())
-        {
-            let limit = f16::MAX;
-            self.bad = Some(format!(
-                "expected at most {limit} in fp16, found {} at flat index {}; export this bundle in fp32",
-                values[at],
-                offset + at as u64
-            ));
-        }
-    }
-
-    fn put_turned(&mut self, tensor: &TensorRef<'_>) -> Result<(), ExportError> {
-        let (rows, columns) = (self.weight.shape[1], self.weight.shape[0]);
-        if rows * columns > MAX_TURNED {
-            self.bad = Some(format!(
-                "expected at most {MAX_TURNED} elements in a matrix that is turned, found {rows} x {columns}"
-            ));
-            return Ok(());
-        }
-        let stored = tensor
-            .read_f32()
-            .map_err(|source| unreadable(self.weight, source))?;
-        // Named by the checkpoint's own index, before the matrix is turned.
-        self.check(0, &stored);
-        if self.bad.is_some() {
-            return Ok(());
-        }
-        let turned = ndarray::ArrayView2::from_shape((index(rows), index(columns)), &stored)
-            .map(|matrix| turn(matrix));
-        match turned {
-            Ok(values) => self.put(0, &values),
-            Err(error) => {
-                self.bad = Some(format!(
-                    "expected {rows} x {columns} values, found {}: {error}",
-                    stored.len()
-                ))
-            }
-        }
+/// All numbers in order; what is wrong with the first bad one.
+fn write_stored(
+    elem: Elem,
+    tensor: &TensorRef<'_>,
+    out: &mut WeightsWriter,
+) -> Result<Option<String>, CheckpointError> {
+    let mut block = Block::new(elem);
+    tensor.for_each_chunk(|first, chunk| {
+        block.take(first, chunk);
+        out.write(&block.bytes);
         Ok(())
-    }
+    })?;
+    Ok(block.bad)
 }
 
-/// Column after column of a matrix, in blocks that stay in the cache.
-fn turn(matrix: ndarray::ArrayView2<'_, f32>) -> Vec<f32> {
-    const BLOCK: usize = 32;
-    let (rows, columns) = matrix.dim();
-    let mut turned = vec![0.0; rows * columns];
-    for row_block in (0..rows).step_by(BLOCK) {
-        for column_block in (0..columns).step_by(BLOCK) {
-            for column in column_block..(column_block + BLOCK).min(columns) {
-                for row in row_block..(row_block + BLOCK).min(rows) {
-                    turned[column * rows + row] = matrix[[row, column]];
-                }
-            }
-        }
+/// A matrix `[rows, columns]` column after column, or what is wrong with it.
+fn turn(
+    elem: Elem,
+    tensor: &TensorRef<'_>,
+    rows: u64,
+    columns: u64,
+) -> Result<Result<Vec<u8>, String>, CheckpointError> {
+    if rows.saturating_mul(columns) > MAX_TURNED {
+        return Ok(Err(format!(
+            "expected at most {MAX_TURNED} elements in a matrix that is turned, found {rows} x {columns}"
+        )));
     }
-    turned
+    let mut block = Block::new(elem);
+    let mut turned = Turned::new(index(rows), index(columns), index(elem.len_bytes()));
+    tensor.for_each_chunk(|first, chunk| {
+        block.take(first, chunk);
+        turned.take(&block.bytes);
+        Ok(())
+    })?;
+    Ok(match block.bad {
+        None => Ok(turned.finish()),
+        Some(bad) => Err(bad),
+    })
 }
 
 fn index(len: u64) -> usize {
     usize::try_from(len).expect("bounded by MAX_TURNED")
+}
+
+/// Numbers converted to the bundle's element type; remembers the first bad one.
+struct Block {
+    elem: Elem,
+    /// Little-endian numbers of that type.
+    bytes: Vec<u8>,
+    values: Vec<f32>,
+    halves: Vec<f16>,
+    bad: Option<String>,
+}
+
+impl Block {
+    fn new(elem: Elem) -> Block {
+        Block {
+            elem,
+            bytes: Vec::new(),
+            values: Vec::new(),
+            halves: Vec::new(),
+            bad: None,
+        }
+    }
+
+    /// Takes numbers of a checkpoint; `first` is the flat index of the first one.
+    fn take(&mut self, first: u64, chunk: Chunk<'_>) {
+        let (dtype, stored) = match chunk {
+            Chunk::Stored(dtype, stored) => (dtype, stored),
+            Chunk::Values(values) => return self.take_values(first, values),
+        };
+        let finite = match (dtype, self.elem) {
+            (TensorDType::F16, Elem::F16) => {
+                let (halves, _) = stored.as_chunks::<2>();
+                let largest = halves.iter().fold(0, |largest, &half| {
+                    (u16::from_le_bytes(half) & 0x7fff).max(largest)
+                });
+                largest <= f16::MAX.to_bits()
+            }
+            _ => false,
+        };
+        if finite {
+            self.bytes.clear();
+            self.bytes.extend_from_slice(stored);
+            return;
+        }
+        let mut values = std::mem::take(&mut self.values);
+        values.clear();
+        checkpoint::convert(dtype, stored, &mut values);
+        self.take_values(first, &values);
+        self.values = values;
+    }
+
+    fn take_values(&mut self, first: u64, values: &[f32]) {
+        self.check(first, values);
+        self.bytes.clear();
+        if self.elem == Elem::F16 {
+            self.halves.resize(values.len(), f16::ZERO);
+            self.halves.convert_from_f32_slice(values);
+            self.bytes.resize(2 * values.len(), 0);
+            let (places, _) = self.bytes.as_chunks_mut::<2>();
+            for (place, half) in places.iter_mut().zip(&self.halves) {
+                *place = half.to_le_bytes();
+            }
+        } else {
+            self.bytes.resize(4 * values.len(), 0);
+            let (places, _) = self.bytes.as_chunks_mut::<4>();
+            for (place, value) in places.iter_mut().zip(values) {
+                *place = value.to_le_bytes();
+            }
+        }
+    }
+
+    fn check(&mut self, first: u64, values: &[f32]) {
+        let limit = match self.elem {
+            Elem::F16 => f16::MAX.to_f32(),
+            _ => f32::MAX,
+        };
+        // Without their signs, floats are ordered as their bits are, and what is not finite comes last.
+        let largest = values
+            .iter()
+            .fold(0, |largest, value| (value.to_bits() & 0x7fff_ffff).max(largest));
+        if largest <= limit.to_bits() || self.bad.is_some() {
+            return;
+        }
+        let bad = values
+            .iter()
+            .position(|value| !value.is_finite())
+            .or_else(|| values.iter().position(|value| value.abs() > limit));
+        let Some(at) = bad else { return };
+        let (value, place) = (values[at], first + at as u64);
+        self.bad = Some(if value.is_finite() {
+            format!(
+                "expected at most {limit} in fp16, found {value} at flat index {place}; export this bundle in fp32"
+            )
+        } else {
+            format!("expected finite values, found {value} at flat index {place}")
+        });
+    }
+}
+
+/// A matrix being turned, some rows at a time.
+struct Turned {
+    rows: usize,
+    columns: usize,
+    /// Bytes of an element.
+    size: usize,
+    /// Rows before the band.
+    done: usize,
+    /// Rows that are not turned yet.
+    band: Vec<u8>,
+    /// `[column, row]`.
+    turned: Vec<u8>,
+}
+
+impl Turned {
+    fn new(rows: usize, columns: usize, size: usize) -> Turned {
+        Turned {
+            rows,
+            columns,
+            size,
+            done: 0,
+            band: Vec::with_capacity(BAND * columns * size),
+            turned: vec![0; rows * columns * size],
+        }
+    }
+
+    fn take(&mut self, mut bytes: &[u8]) {
+        let full = BAND * self.columns * self.size;
+        while !bytes.is_empty() {
+            let (now, later) = bytes.split_at(bytes.len().min(full - self.band.len()));
+            self.band.extend_from_slice(now);
+            bytes = later;
+            if self.band.len() == full {
+                self.turn_band();
+            }
+        }
+    }
+
+    fn turn_band(&mut self) {
+        match self.size {
+            2 => self.turn_numbers::<2>(),
+            _ => self.turn_numbers::<4>(),
+        }
+        self.band.clear();
+    }
+
+    fn turn_numbers<const N: usize>(&mut self) {
+        let (band, _) = self.band.as_chunks::<N>();
+        let (turned, _) = self.turned.as_chunks_mut::<N>();
+        let rows = band.len() / self.columns;
+        for column in 0..self.columns {
+            let begin = column * self.rows + self.done;
+            let places = &mut turned[begin..begin + rows];
+            let numbers = band[column..].iter().step_by(self.columns);
+            for (place, number) in places.iter_mut().zip(numbers) {
+                *place = *number;
+            }
+        }
+        self.done += rows;
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        if !self.band.is_empty() {
+            self.turn_band();
+        }
+        self.turned
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_matrix_turned_in_bands_is_its_transpose() {
+        for (rows, columns) in [(1, 1), (5, 3), (32, 7), (100, 33), (33, 64)] {
+            let numbers: Vec<u8> = (0_u16..)
+                .take(rows * columns)
+                .flat_map(u16::to_le_bytes)
+                .collect();
+            let mut turned = Turned::new(rows, columns, 2);
+            for piece in numbers.chunks(10) {
+                turned.take(piece);
+            }
+            let found = turned.finish();
+            for (at, number) in found.as_chunks::<2>().0.iter().enumerate() {
+                let (column, row) = (at / rows, at % rows);
+                let expected = u16::try_from(row * columns + column).unwrap();
+                assert_eq!(u16::from_le_bytes(*number), expected, "{rows} x {columns} at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn halves_are_copied_and_bad_ones_named() {
+        let bytes = |values: &[f16]| -> Vec<u8> {
+            values.iter().flat_map(|value| value.to_le_bytes()).collect()
+        };
+        let mut block = Block::new(Elem::F16);
+        let fine = bytes(&[f16::MIN, f16::NEG_ZERO, f16::from_bits(1), f16::MAX]);
+        block.take(0, Chunk::Stored(TensorDType::F16, &fine));
+        assert_eq!((&block.bytes, &block.bad), (&fine, &None));
+        for bad in [f16::NAN, f16::INFINITY, f16::NEG_INFINITY, f16::from_bits(0xfc01)] {
+            let mut block = Block::new(Elem::F16);
+            block.take(7, Chunk::Stored(TensorDType::F16, &bytes(&[f16::ONE, bad, f16::ONE])));
+            let message = block.bad.expect("noticed");
+            assert!(message.ends_with("at flat index 8"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_number_too_large_for_halves_is_named_with_its_place() {
+        let mut block = Block::new(Elem::F16);
+        block.take_values(10, &[1.0, -65_504.0, 65_505.0]);
+        let message = block.bad.expect("noticed");
+        assert!(message.contains("65505 at flat index 12"), "{message}");
+        let mut block = Block::new(Elem::F32);
+        block.take_values(10, &[1.0, f32::MAX, f32::MIN]);
+        assert_eq!(block.bad, None);
+    }
 }
