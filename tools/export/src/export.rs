@@ -232,7 +232,11 @@ fn open(plan: &Plan) -> Result<Vec<Opened>, ExportError> {
 /// [`ExportError`]; nothing is left behind.
 pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<(), ExportError> {
     let opened = open(plan)?;
-    let description = describe(plan, &opened)?;
+    let mut description = describe(plan, &opened)?;
+    description.planned.retain(|planned| match planned.place {
+        Place::Shared(name) => !plan.without.contains(&name),
+        Place::Subject { .. } => true,
+    });
     for (lora, merged) in plan.loras.iter().zip(&description.loras) {
         merged.say(&file_name(&lora.file), say);
     }

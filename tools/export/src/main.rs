@@ -98,6 +98,9 @@ struct BundleArgs {
     /// Export although a checkpoint holds tensors that the networks do not know
     #[arg(long)]
     allow_unexpected: bool,
+    /// Stages to leave out though the checkpoints hold them, with commas between
+    #[arg(long, value_delimiter = ',', value_parser = stage_name)]
+    without: Vec<bundle::StageName>,
     /// The bundle's folder; must not exist yet
     #[arg(long)]
     out: PathBuf,
@@ -128,6 +131,8 @@ enum PrecisionArg {
     Fp32,
     /// Half precision: GPUs
     Fp16,
+    /// 8-bit integer products in the large networks: CPUs that have instructions for them
+    Int8,
 }
 
 impl From<PrecisionArg> for bundle::Precision {
@@ -135,8 +140,22 @@ impl From<PrecisionArg> for bundle::Precision {
         match precision {
             PrecisionArg::Fp32 => bundle::Precision::Fp32,
             PrecisionArg::Fp16 => bundle::Precision::Fp16,
+            PrecisionArg::Int8 => bundle::Precision::Int8,
         }
     }
+}
+
+fn stage_name(text: &str) -> Result<bundle::StageName, String> {
+    let known = bundle::StageName::ALL;
+    known
+        .into_iter()
+        .find(|name| name.as_str() == text)
+        .ok_or_else(|| {
+            format!(
+                "expected one of {}",
+                known.map(bundle::StageName::as_str).join(", ")
+            )
+        })
 }
 
 type Failure = Box<dyn std::error::Error>;
@@ -212,6 +231,7 @@ fn run_bundle(args: BundleArgs) -> Result<(), Failure> {
         _ => return Err("give --recipe FILE, or --folder DIR with --precision".into()),
     };
     plan.allow_unexpected |= args.allow_unexpected;
+    plan.without.extend(args.without);
     for note in &plan.notes {
         progress(&format!("note: {note}"));
     }

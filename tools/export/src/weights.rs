@@ -2,7 +2,9 @@
 //!
 //! Tensors stream in blocks of a megabyte, so that one of seven gigabytes takes no more memory than a
 //! small one. Matrices that are turned are held once, in the bundle's element type. What keeps its
-//! type is looked at and copied, not converted.
+//! type is looked at and copied, not converted. Quantised matrices are turned band by band.
+
+use std::collections::HashMap;
 
 use bundle::WeightsWriter;
 use half::f16;
@@ -30,6 +32,7 @@ pub fn write(
     problems: &mut Vec<Problem>,
 ) -> Result<Vec<u64>, ExportError> {
     let mut offsets = Vec::with_capacity(weights.len());
+    let mut scales = HashMap::new();
     for weight in weights {
         offsets.push(out.align());
         let bad = match &weight.numbers {
@@ -41,13 +44,30 @@ pub fn write(
                 let [columns, rows] = [weight.shape[0], weight.shape[1]];
                 let turned = turn(weight.elem, tensor, rows, columns);
                 match turned.map_err(|error| unreadable(weight, error))? {
-                    Ok(bytes) => {
-                        out.write(&bytes);
+                    Ok(mut turned) => {
+                        out.write(turned.finish());
                         None
                     }
                     Err(bad) => Some(bad),
                 }
             }
+            Numbers::Tensor(tensor, Layout::Quantised) => {
+                let mut quantiser = Quantiser::new(&weight.shape);
+                tensor
+                    .for_each_f32_chunk(|first, values| {
+                        quantiser.take(first, values, out);
+                        Ok(())
+                    })
+                    .map_err(|error| unreadable(weight, error))?;
+                scales.insert(tensor.name().to_owned(), quantiser.scales);
+                quantiser.checked.bad
+            }
+            Numbers::Tensor(tensor, Layout::Scales) => match scales.remove(tensor.name()) {
+                Some(scales) => write_table(weight.elem, &scales, out),
+                None => {
+                    Some("expected its matrix before its scales: a fault of this program".into())
+                }
+            },
             // Reported when it was asked for; an export with problems never comes here.
             Numbers::Missing => None,
         };
@@ -116,7 +136,7 @@ fn turn(
     tensor: &TensorRef<'_>,
     rows: u64,
     columns: u64,
-) -> Result<Result<Vec<u8>, String>, CheckpointError> {
+) -> Result<Result<Turned, String>, CheckpointError> {
     if rows.saturating_mul(columns) > MAX_TURNED {
         return Ok(Err(format!(
             "expected at most {MAX_TURNED} elements in a matrix that is turned, found {rows} x {columns}"
@@ -130,7 +150,7 @@ fn turn(
         Ok(())
     })?;
     Ok(match block.bad {
-        None => Ok(turned.finish()),
+        None => Ok(turned),
         Some(bad) => Err(bad),
     })
 }
@@ -214,9 +234,9 @@ impl Block {
             _ => f32::MAX,
         };
         // Without their signs, floats are ordered as their bits are, and what is not finite comes last.
-        let largest = values
-            .iter()
-            .fold(0, |largest, value| (value.to_bits() & 0x7fff_ffff).max(largest));
+        let largest = values.iter().fold(0, |largest, value| {
+            (value.to_bits() & 0x7fff_ffff).max(largest)
+        });
         if largest <= limit.to_bits() || self.bad.is_some() {
             return;
         }
@@ -276,6 +296,7 @@ impl Turned {
 
     fn turn_band(&mut self) {
         match self.size {
+            1 => self.turn_numbers::<1>(),
             2 => self.turn_numbers::<2>(),
             _ => self.turn_numbers::<4>(),
         }
@@ -297,12 +318,94 @@ impl Turned {
         self.done += rows;
     }
 
-    fn finish(mut self) -> Vec<u8> {
+    /// The whole matrix, turned; what was taken is forgotten.
+    fn finish(&mut self) -> &[u8] {
         if !self.band.is_empty() {
             self.turn_band();
         }
-        self.turned
+        self.done = 0;
+        &self.turned
     }
+}
+
+/// A matrix on its way to 8-bit integers, a scale for each of its rows, which become columns.
+struct Quantiser {
+    checked: Block,
+    /// Length of a stored row.
+    inner: usize,
+    /// The row that is not whole yet.
+    row: Vec<f32>,
+    integers: Vec<u8>,
+    band: Turned,
+    /// Rows in the band so far.
+    rows: usize,
+    scales: Vec<f32>,
+}
+
+impl Quantiser {
+    /// `shape`: `[in, out]` or `[band, in, out of the band]`, as in the bundle.
+    fn new(shape: &[u64]) -> Quantiser {
+        let (inner, columns) = (index(shape[shape.len() - 2]), index(shape[shape.len() - 1]));
+        Quantiser {
+            checked: Block::new(Elem::F32),
+            inner,
+            row: Vec::with_capacity(inner),
+            integers: Vec::with_capacity(inner),
+            band: Turned::new(columns, inner, 1),
+            rows: 0,
+            scales: Vec::new(),
+        }
+    }
+
+    fn take(&mut self, first: u64, mut values: &[f32], out: &mut WeightsWriter) {
+        self.checked.check(first, values);
+        while !values.is_empty() {
+            let (now, later) = values.split_at(values.len().min(self.inner - self.row.len()));
+            self.row.extend_from_slice(now);
+            values = later;
+            if self.row.len() == self.inner {
+                self.end_row(out);
+            }
+        }
+    }
+
+    fn end_row(&mut self, out: &mut WeightsWriter) {
+        let scale = quantise(&self.row, &mut self.integers);
+        self.scales.push(scale);
+        self.row.clear();
+        self.band.take(&self.integers);
+        self.rows += 1;
+        if self.rows == self.band.rows {
+            out.write(self.band.finish());
+            self.rows = 0;
+        }
+    }
+}
+
+/// Rounds to integers of -127..=127 times the scale returned; a row of zeros has scale 0.
+fn quantise(row: &[f32], integers: &mut Vec<u8>) -> f32 {
+    const LARGEST: f32 = 127.0;
+    // As in `Block::check`, the order of bits is that of magnitudes.
+    let largest = row.iter().fold(0, |largest, value| {
+        (value.to_bits() & 0x7fff_ffff).max(largest)
+    });
+    let largest = f32::from_bits(largest);
+    let inverse = if largest > 0.0 {
+        LARGEST / largest
+    } else {
+        0.0
+    };
+    integers.clear();
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "within -127..=127 after rounding; negative integers in two's complement"
+    )]
+    integers.extend(
+        row.iter()
+            .map(|value| (value * inverse).round_ties_even() as i8 as u8),
+    );
+    largest / LARGEST
 }
 
 #[cfg(test)]
@@ -320,27 +423,62 @@ mod tests {
             for piece in numbers.chunks(10) {
                 turned.take(piece);
             }
-            let found = turned.finish();
+            let found = turned.finish().to_vec();
             for (at, number) in found.as_chunks::<2>().0.iter().enumerate() {
                 let (column, row) = (at / rows, at % rows);
                 let expected = u16::try_from(row * columns + column).unwrap();
-                assert_eq!(u16::from_le_bytes(*number), expected, "{rows} x {columns} at {at}");
+                assert_eq!(
+                    u16::from_le_bytes(*number),
+                    expected,
+                    "{rows} x {columns} at {at}"
+                );
             }
         }
     }
 
     #[test]
+    fn a_quantised_row_is_within_half_a_step_of_what_it_was() {
+        let row = [0.5, -1.0, 0.25, 1e-4, 0.0, 0.999];
+        let mut integers = Vec::new();
+        let scale = quantise(&row, &mut integers);
+        for (value, integer) in row.iter().zip(&integers) {
+            let found = f32::from(integer.cast_signed()) * scale;
+            assert!(
+                (found - value).abs() <= scale / 2.0 + 1e-7,
+                "{value}: {found}"
+            );
+        }
+        assert_eq!(integers[1].cast_signed(), -127);
+        assert_eq!(quantise(&[0.0, -0.0], &mut integers), 0.0);
+        assert_eq!(integers, [0, 0]);
+        // The smallest numbers have no inverse; their row is as good as zero.
+        let scale = quantise(&[f32::from_bits(1), 0.0], &mut integers);
+        assert!(scale.is_finite(), "{scale}");
+    }
+
+    #[test]
     fn halves_are_copied_and_bad_ones_named() {
         let bytes = |values: &[f16]| -> Vec<u8> {
-            values.iter().flat_map(|value| value.to_le_bytes()).collect()
+            values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect()
         };
         let mut block = Block::new(Elem::F16);
         let fine = bytes(&[f16::MIN, f16::NEG_ZERO, f16::from_bits(1), f16::MAX]);
         block.take(0, Chunk::Stored(TensorDType::F16, &fine));
         assert_eq!((&block.bytes, &block.bad), (&fine, &None));
-        for bad in [f16::NAN, f16::INFINITY, f16::NEG_INFINITY, f16::from_bits(0xfc01)] {
+        for bad in [
+            f16::NAN,
+            f16::INFINITY,
+            f16::NEG_INFINITY,
+            f16::from_bits(0xfc01),
+        ] {
             let mut block = Block::new(Elem::F16);
-            block.take(7, Chunk::Stored(TensorDType::F16, &bytes(&[f16::ONE, bad, f16::ONE])));
+            block.take(
+                7,
+                Chunk::Stored(TensorDType::F16, &bytes(&[f16::ONE, bad, f16::ONE])),
+            );
             let message = block.bad.expect("noticed");
             assert!(message.ends_with("at flat index 8"), "{message}");
         }
