@@ -28,12 +28,14 @@ fn manifest() -> Manifest {
         weights: Some("weights/backbone.bin".into()),
         inputs: vec![spec("ridge", &[1, 8])],
         outputs: vec![spec("brain_tokens", &[4, 6])],
+        working_bytes: 0,
     };
     let ridge = Stage {
         graph: "subjects/subj01/ridge.onnx".into(),
         weights: None,
         inputs: vec![spec("betas", &[20])],
         outputs: vec![spec("ridge", &[1, 8])],
+        working_bytes: 0,
     };
     Manifest {
         format_version: FORMAT_VERSION,

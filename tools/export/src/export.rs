@@ -413,6 +413,7 @@ fn write_stages(
             weights: Some(weights_path),
             inputs,
             outputs,
+            working_bytes: graph.working_bytes(),
         });
     }
     if problems.is_empty() {

@@ -13,6 +13,7 @@ use crate::onnx::{AttributeProto, NodeProto, TensorProto, element};
 
 mod model;
 mod ops;
+mod working;
 
 pub use ops::Reduction;
 
@@ -169,6 +170,8 @@ pub struct Graph<'c> {
     act: Elem,
     quantised: bool,
     nodes: Vec<NodeProto>,
+    /// Bytes of each node's result at batch 1.
+    node_bytes: Vec<u64>,
     inline: Vec<TensorProto>,
     weights: Vec<Weight<'c>>,
     by_name: HashMap<String, Value>,
@@ -189,6 +192,7 @@ impl<'c> Graph<'c> {
             act,
             quantised: false,
             nodes: Vec::new(),
+            node_bytes: Vec::new(),
             inline: Vec::new(),
             weights: Vec::new(),
             by_name: HashMap::new(),
@@ -249,6 +253,7 @@ impl<'c> Graph<'c> {
             ..NodeProto::default()
         };
         self.nodes.push(node);
+        self.node_bytes.push(working::len_bytes(&wide));
         self.outputs.push(Value {
             name: name.into(),
             elem: Elem::F32,
@@ -363,7 +368,9 @@ impl<'c> Graph<'c> {
             attribute: attributes,
             domain: String::new(),
         });
-        Value { name, elem, shape }
+        let value = Value { name, elem, shape };
+        self.node_bytes.push(working::len_bytes(&value));
+        value
     }
 
     /// A node of ONNX Runtime's own operators.
