@@ -6,6 +6,7 @@
 //! Memory is this process's: its own pages (anonymous), and pages mapped from files, which the system
 //! may drop. Peaks are looked at every few milliseconds while a stage runs.
 
+use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -146,18 +147,63 @@ struct StageFigures {
     peak: Resident,
 }
 
+impl StageFigures {
+    const HEADER: &str = "stage                   weights    working    load ms    call ms     loaded     mapped       peak     mapped";
+}
+
+impl fmt::Display for StageFigures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let megabytes = |bytes: u64| bytes / 1_000_000;
+        write!(
+            f,
+            "{:<20} {:>10} {:>10} {:>10.1} {:>10.1} {:>10} {:>10} {:>10} {:>10}",
+            self.stage,
+            megabytes(self.weights),
+            megabytes(self.working),
+            self.load_ms,
+            self.call_ms,
+            megabytes(self.loaded.anonymous),
+            megabytes(self.loaded.mapped),
+            megabytes(self.peak.anonymous),
+            megabytes(self.peak.mapped)
+        )
+    }
+}
+
 /// The whole box's figures.
 #[derive(Debug, Serialize)]
 struct PictureFigures {
     fidelity: Fidelity,
     steps: usize,
     load_ms: f64,
-    /// The second picture: the first finds nothing of the weights in memory.
+    /// One picture, from betas to pixels; the stages were called before, alone.
     picture_ms: f64,
-    first_picture_ms: f64,
     timings: Timings,
     loaded: Resident,
     peak: Resident,
+}
+
+impl fmt::Display for PictureFigures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = |millis: f64| millis / 1e3;
+        write!(
+            f,
+            "whole picture, {} steps: {:.1} s, loaded in {:.1} s\n  \
+             brain {:.1} s, blurry {:.1} s, prior {:.1} s, unclip {:.1} s, vae {:.1} s\n  \
+             the box: {} of its own after load, {} of its own and {} mapped at most",
+            self.steps,
+            seconds(self.picture_ms),
+            seconds(self.load_ms),
+            seconds(self.timings.brain_ms),
+            seconds(self.timings.blurry_ms),
+            seconds(self.timings.prior_ms),
+            seconds(self.timings.unclip_ms),
+            seconds(self.timings.vae_ms),
+            memory::gigabytes(self.loaded.anonymous),
+            memory::gigabytes(self.peak.anonymous),
+            memory::gigabytes(self.peak.mapped)
+        )
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -221,10 +267,14 @@ fn bench(arguments: &Arguments) -> Result<(), BenchError> {
     };
     writeln!(
         out,
-        "{} bundle{random}, {} threads, median of {} calls, planned {}\n{:<20} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10}",
-        manifest.precision, arguments.threads, arguments.calls, memory::gigabytes(planned),
-        "stage", "weights MB", "load ms", "call ms", "loaded MB", "mapped MB", "peak MB", "mapped MB", "planned MB"
+        "{} bundle{random}, {} threads, median of {} calls, planned {}; MB: weights' file, working memory as \
+         the manifest says, what the stage added after load and at most",
+        manifest.precision,
+        arguments.threads,
+        arguments.calls,
+        memory::gigabytes(planned)
     )
+    .and_then(|()| writeln!(out, "{}", StageFigures::HEADER))
     .map_err(BenchError::Say)?;
     let mut figures = Figures {
         bundle: bundle.digest().into(),
@@ -238,35 +288,12 @@ fn bench(arguments: &Arguments) -> Result<(), BenchError> {
     };
     for (name, spec) in chosen(&bundle, &subject, &arguments.stages)? {
         let measured = measure(&runtime, &bundle, &name, spec, arguments.calls)?;
-        writeln!(
-            out,
-            "{:<20} {:>10} {:>10.1} {:>10.1} {:>10} {:>10} {:>10} {:>10} {:>10}",
-            measured.stage,
-            measured.weights / 1_000_000,
-            measured.load_ms,
-            measured.call_ms,
-            measured.loaded.anonymous / 1_000_000,
-            measured.loaded.mapped / 1_000_000,
-            measured.peak.anonymous / 1_000_000,
-            measured.peak.mapped / 1_000_000,
-            measured.working / 1_000_000
-        )
-        .map_err(BenchError::Say)?;
+        writeln!(out, "{measured}").map_err(BenchError::Say)?;
         figures.stages.push(measured);
     }
     if arguments.stages.is_empty() && manifest.subject(&subject).is_some() {
         let picture = whole_picture(&runtime, &bundle, &subject)?;
-        writeln!(
-            out,
-            "whole picture, {} steps: loaded in {:.0} ms, {:.1} s (the first {:.1} s): brain {:.1} s, blurry {:.1} s, prior {:.1} s, unclip {:.1} s, vae {:.1} s\n\
-             the box: {} own after load, {} own and {} mapped at most",
-            picture.steps, picture.load_ms, picture.picture_ms / 1e3, picture.first_picture_ms / 1e3,
-            picture.timings.brain_ms / 1e3, picture.timings.blurry_ms / 1e3, picture.timings.prior_ms / 1e3,
-            picture.timings.unclip_ms / 1e3, picture.timings.vae_ms / 1e3,
-            memory::gigabytes(picture.loaded.anonymous),
-            memory::gigabytes(picture.peak.anonymous), memory::gigabytes(picture.peak.mapped)
-        )
-        .map_err(BenchError::Say)?;
+        writeln!(out, "{picture}").map_err(BenchError::Say)?;
         figures.picture = Some(picture);
     }
     if let Some(path) = &arguments.json {
@@ -388,19 +415,14 @@ fn whole_picture(
     let loaded = Resident::now();
     let betas = Noise::new(KEY, Stream::Prior).draw(&[decoder.voxels()]);
     let betas = Array2::from_shape_fn((1, decoder.voxels()), |(_, voxel)| betas[[voxel]]);
-    let mut picture = || -> Result<_, BenchError> {
-        let clock = Instant::now();
-        let made = decoder.decode(betas.view(), KEY, &mut |_| {})?;
-        Ok((made, millis(clock)))
-    };
-    let (_, first_picture_ms) = picture()?;
-    let (made, picture_ms) = picture()?;
+    let clock = Instant::now();
+    let made = decoder.decode(betas.view(), KEY, &mut |_| {})?;
+    let picture_ms = millis(clock);
     Ok(PictureFigures {
         fidelity: decoder.fidelity(),
         steps: made.steps,
         load_ms,
         picture_ms,
-        first_picture_ms,
         timings: made.timings,
         loaded,
         peak: watch.stop(),
