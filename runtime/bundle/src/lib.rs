@@ -19,6 +19,7 @@
 mod key;
 mod manifest;
 mod read;
+mod stream;
 mod write;
 
 pub use key::{KeyError, PublicKey, SecretKey, generate_keys};

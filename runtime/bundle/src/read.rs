@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     ENGINES_DIR, MANIFEST_FILE, Manifest, ManifestError, PublicKey, SIGNATURE_FILE, SecretKey,
+    StageName,
 };
 
 /// Longest manifest and signature that are read.
@@ -323,6 +324,15 @@ impl UnverifiedBundle {
 }
 
 impl Bundle {
+    /// The same bundle as if it had not these stages: a box without them opens none of their files.
+    #[must_use]
+    pub fn without(mut self, stages: &[StageName]) -> Bundle {
+        self.manifest
+            .stages
+            .retain(|name, _| !stages.contains(name));
+        self
+    }
+
     /// The bundle's folder.
     #[must_use]
     pub fn dir(&self) -> &Path {

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use crate::stream::{Closing, Stream};
 use crate::{FileEntry, MANIFEST_FILE, Manifest, ManifestError};
 
 /// External data starts at multiples of this, so that it can be mapped.
@@ -45,7 +46,17 @@ pub struct BundleWriter {
     target: PathBuf,
     partial: PathBuf,
     files: BTreeMap<String, FileEntry>,
+    /// The last long file, perhaps not on the disk yet.
+    closing: Option<Pending>,
     finished: bool,
+}
+
+#[derive(Debug)]
+struct Pending {
+    relative: String,
+    path: PathBuf,
+    len_bytes: u64,
+    closing: Closing,
 }
 
 impl BundleWriter {
@@ -73,6 +84,7 @@ impl BundleWriter {
             target: target.to_owned(),
             partial,
             files: BTreeMap::new(),
+            closing: None,
             finished: false,
         })
     }
@@ -88,9 +100,12 @@ impl BundleWriter {
     /// # Errors
     /// [`WriteError::Io`].
     pub fn add(&mut self, relative: &str, bytes: &[u8]) -> Result<(), WriteError> {
-        let mut file = self.weights(relative)?;
-        file.write(bytes)?;
-        self.close(file)
+        let (path, mut file) = self.create_new(relative)?;
+        file.write_all(bytes)
+            .and_then(|()| file.sync_all())
+            .map_err(|source| WriteError::Io { path, source })?;
+        self.enter(relative, bytes.len() as u64, Sha256::new_with_prefix(bytes));
+        Ok(())
     }
 
     /// Starts a file that is written in pieces; hand it back to [`Self::close`].
@@ -98,6 +113,50 @@ impl BundleWriter {
     /// # Errors
     /// [`WriteError::Io`].
     pub fn weights(&self, relative: &str) -> Result<WeightsWriter, WriteError> {
+        let (path, file) = self.create_new(relative)?;
+        let stream = Stream::new(file).map_err(|source| WriteError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        Ok(WeightsWriter {
+            relative: relative.to_owned(),
+            path,
+            stream,
+            len_bytes: 0,
+        })
+    }
+
+    /// Ends a file; while its last bytes go to the disk, the next one may begin.
+    ///
+    /// # Errors
+    /// [`WriteError::Io`] of an earlier file; this one's may come as late as [`Self::finish`].
+    pub fn close(&mut self, file: WeightsWriter) -> Result<(), WriteError> {
+        self.settle()?;
+        self.closing = Some(Pending {
+            relative: file.relative,
+            path: file.path,
+            len_bytes: file.len_bytes,
+            closing: file.stream.close(),
+        });
+        Ok(())
+    }
+
+    /// Waits until every file that was closed is on the disk, so that others can read it.
+    ///
+    /// # Errors
+    /// [`WriteError::Io`].
+    pub fn settle(&mut self) -> Result<(), WriteError> {
+        if let Some(pending) = self.closing.take() {
+            let hasher = pending.closing.wait().map_err(|source| WriteError::Io {
+                path: pending.path,
+                source,
+            })?;
+            self.enter(&pending.relative, pending.len_bytes, hasher);
+        }
+        Ok(())
+    }
+
+    fn create_new(&self, relative: &str) -> Result<(PathBuf, File), WriteError> {
         let path = self.partial.join(relative);
         let error = |source| WriteError::Io {
             path: path.clone(),
@@ -107,44 +166,13 @@ impl BundleWriter {
             fs::create_dir_all(parent).map_err(error)?;
         }
         let file = File::create_new(&path).map_err(error)?;
-        let out = BufWriter::with_capacity(1 << 20, file);
-        Ok(WeightsWriter {
-            relative: relative.to_owned(),
-            path,
-            out,
-            hasher: Sha256::new(),
-            len_bytes: 0,
-        })
+        Ok((path, file))
     }
 
-    /// Ends a file: flushed, on disk, entered in the list.
-    ///
-    /// # Errors
-    /// [`WriteError::Io`].
-    pub fn close(&mut self, file: WeightsWriter) -> Result<(), WriteError> {
-        let WeightsWriter {
-            relative,
-            path,
-            out,
-            hasher,
-            len_bytes,
-        } = file;
-        let error = |source| WriteError::Io {
-            path: path.clone(),
-            source,
-        };
-        let file = out
-            .into_inner()
-            .map_err(|broken| error(broken.into_error()))?;
-        file.sync_all().map_err(error)?;
-        self.files.insert(
-            relative,
-            FileEntry {
-                sha256: hex::encode(hasher.finalize()),
-                len_bytes,
-            },
-        );
-        Ok(())
+    fn enter(&mut self, relative: &str, len_bytes: u64, hasher: Sha256) {
+        let sha256 = hex::encode(hasher.finalize());
+        self.files
+            .insert(relative.to_owned(), FileEntry { sha256, len_bytes });
     }
 
     /// Removes a file that was started or closed, so that it can be written anew or not at all.
@@ -152,6 +180,7 @@ impl BundleWriter {
     /// # Errors
     /// [`WriteError::Io`].
     pub fn remove(&mut self, relative: &str) -> Result<(), WriteError> {
+        self.settle()?;
         let path = self.partial.join(relative);
         self.files.remove(relative);
         fs::remove_file(&path).map_err(|source| WriteError::Io { path, source })
@@ -162,6 +191,7 @@ impl BundleWriter {
     /// # Errors
     /// [`WriteError::Manifest`], [`WriteError::Io`], [`WriteError::Exists`].
     pub fn finish(mut self, mut manifest: Manifest) -> Result<(), WriteError> {
+        self.settle()?;
         manifest.files = std::mem::take(&mut self.files);
         let bytes = manifest.to_json().map_err(|source| WriteError::Manifest {
             path: self.target.clone(),
@@ -203,6 +233,10 @@ impl BundleWriter {
 impl Drop for BundleWriter {
     fn drop(&mut self) {
         if !self.finished {
+            if let Some(pending) = self.closing.take() {
+                // Not a file more may appear in the folder; the error that ended this is told already.
+                let _ = pending.closing.wait();
+            }
             // Nothing more can be done about a folder that cannot be removed while failing already.
             let _ = fs::remove_dir_all(&self.partial);
         }
@@ -214,49 +248,26 @@ impl Drop for BundleWriter {
 pub struct WeightsWriter {
     relative: String,
     path: PathBuf,
-    out: BufWriter<File>,
-    hasher: Sha256,
+    stream: Stream,
     len_bytes: u64,
 }
 
 impl WeightsWriter {
-    /// Appends bytes.
-    ///
-    /// # Errors
-    /// [`WriteError::Io`].
-    pub fn write(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
-        self.out.write_all(bytes).map_err(|source| WriteError::Io {
-            path: self.path.clone(),
-            source,
-        })?;
-        self.hasher.update(bytes);
+    /// Appends bytes; an error of writing them is told when the file or the bundle ends.
+    pub fn write(&mut self, bytes: &[u8]) {
+        self.stream.write(bytes);
         self.len_bytes += bytes.len() as u64;
-        Ok(())
-    }
-
-    /// Hands everything written so far to the system, so that others can read it.
-    ///
-    /// # Errors
-    /// [`WriteError::Io`].
-    pub fn flush(&mut self) -> Result<(), WriteError> {
-        self.out.flush().map_err(|source| WriteError::Io {
-            path: self.path.clone(),
-            source,
-        })
     }
 
     /// Pads with zeros to the next 4 KiB and returns the offset reached, in bytes.
-    ///
-    /// # Errors
-    /// [`WriteError::Io`].
-    pub fn align(&mut self) -> Result<u64, WriteError> {
+    pub fn align(&mut self) -> u64 {
         const ZEROS: [u8; 4096] = [0; 4096];
         let past = self.len_bytes % ALIGNMENT;
         if past != 0 {
             let padding = usize::try_from(ALIGNMENT - past).unwrap_or(ZEROS.len());
-            self.write(&ZEROS[..padding])?;
+            self.write(&ZEROS[..padding]);
         }
-        Ok(self.len_bytes)
+        self.len_bytes
     }
 
     /// Bytes written so far.

@@ -23,6 +23,7 @@ use wire::{
 
 use crate::link::{Heard, Keep, Publisher, subscribe, trial_key};
 use crate::logging::chain;
+use crate::memory;
 use crate::record;
 use crate::roles::RoleError;
 use crate::settings::Settings;
@@ -71,6 +72,17 @@ pub(crate) fn main(settings: &Settings, stop: &Arc<AtomicBool>) -> Result<(), Ro
     let started = Instant::now();
     let key = PublicKey::from_file(&settings.key)?;
     let bundle = bundle::open(&settings.bundle)?.verify(&key)?;
+    let (subject, without) = (&settings.subject, &settings.without);
+    let needed = memory::check(
+        bundle.manifest(),
+        subject,
+        without,
+        settings.memory_limit_bytes,
+    )?;
+    if let Some(remark) = memory::remark(bundle.manifest().precision) {
+        tracing::warn!(precision = %bundle.manifest().precision, remark, "bundle does not suit this board");
+    }
+    let bundle = bundle.without(&memory::stages_of(without));
     let library = decoder::runtime::find_library(settings.onnxruntime.as_deref())?;
     let runtime = Runtime::load(&library, settings.threads)?;
     let decoder = Decoder::load(&runtime, &bundle, &settings.subject, settings.fidelity)?;
@@ -85,6 +97,7 @@ pub(crate) fn main(settings: &Settings, stop: &Arc<AtomicBool>) -> Result<(), Ro
         bundle = %model.digest,
         version = manifest.bundle_version,
         precision = %manifest.precision,
+        needed_mib = needed >> 20,
         took_ms = started.elapsed().as_secs_f64() * 1e3,
         "bundle.verify"
     );

@@ -4,9 +4,11 @@
 //! or key that no other try will mend.
 
 mod acquire;
+mod bench;
 mod decode;
 mod link;
 mod logging;
+mod memory;
 mod parse;
 mod pipeline;
 mod reconstruct;
@@ -47,6 +49,8 @@ enum Command {
     Simulate(simulate::Arguments),
     /// Decode recorded betas into PNG files, without a scanner
     Reconstruct(reconstruct::Arguments),
+    /// Measure time and memory of every stage of a bundle on this machine
+    Bench(bench::Arguments),
     /// One role as its own process; started by `run` or by systemd
     #[command(hide = true)]
     Role {
@@ -83,6 +87,7 @@ fn main() -> ExitCode {
         Command::Run { config } => supervise::main(config.as_deref()),
         Command::Simulate(arguments) => simulate::main(&arguments),
         Command::Reconstruct(arguments) => reconstruct::main(&arguments),
+        Command::Bench(arguments) => bench::main(&arguments),
         Command::Role {
             role,
             config,

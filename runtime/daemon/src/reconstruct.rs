@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::decode::encode;
 use crate::logging::chain;
+use crate::memory::{self, Feature};
 use crate::record;
 use crate::roles::EXIT_SETTING;
 
@@ -52,6 +53,12 @@ pub(crate) struct Arguments {
     /// ONNX Runtime's library, where it is not beside the program
     #[arg(long)]
     onnxruntime: Option<PathBuf>,
+    /// What to do without, with commas between
+    #[arg(long, value_enum, value_delimiter = ',')]
+    without: Vec<Feature>,
+    /// Memory that the networks may have; the machine's where not given
+    #[arg(long)]
+    memory_mib: Option<u64>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -77,6 +84,8 @@ enum ReconstructError {
     Key(#[from] bundle::KeyError),
     #[error("ONNX Runtime cannot be used")]
     Runtime(#[from] decoder::RuntimeError),
+    #[error("the bundle does not fit this machine")]
+    Memory(#[from] memory::MemoryError),
     #[error("trial {trial} cannot be decoded")]
     Decode {
         trial: usize,
@@ -114,9 +123,9 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "error: {}", chain(&error));
             match error {
-                ReconstructError::Bundle(_) | ReconstructError::Key(_) => {
-                    ExitCode::from(EXIT_SETTING)
-                }
+                ReconstructError::Bundle(_)
+                | ReconstructError::Key(_)
+                | ReconstructError::Memory(_) => ExitCode::from(EXIT_SETTING),
                 _ => ExitCode::FAILURE,
             }
         }
@@ -125,10 +134,22 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
 
 fn reconstruct(arguments: &Arguments) -> Result<(), ReconstructError> {
     let betas = read_betas(&arguments.betas)?;
-    let bundle = open(arguments)?;
-    let manifest = bundle.manifest();
-    let first = manifest.subjects.first().map(|subject| subject.id.clone());
+    let bundle = open(&arguments.bundle, arguments.key.as_deref())?;
+    let first = bundle.manifest().subjects.first();
+    let first = first.map(|subject| subject.id.clone());
     let subject = arguments.subject.clone().or(first).unwrap_or_default();
+    let (without, limit) = (&arguments.without, arguments.memory_mib);
+    memory::check(
+        bundle.manifest(),
+        &subject,
+        without,
+        limit.map(|mib| mib << 20),
+    )?;
+    if let Some(remark) = memory::remark(bundle.manifest().precision) {
+        let _ = writeln!(std::io::stderr(), "note: {remark}");
+    }
+    let bundle = bundle.without(&memory::stages_of(without));
+    let manifest = bundle.manifest();
     let library = decoder::runtime::find_library(arguments.onnxruntime.as_deref())?;
     let runtime = Runtime::load(&library, arguments.threads)?;
     let fidelity = match arguments.fidelity {
@@ -215,9 +236,9 @@ fn reconstruct(arguments: &Arguments) -> Result<(), ReconstructError> {
     Ok(())
 }
 
-fn open(arguments: &Arguments) -> Result<Bundle, ReconstructError> {
-    let unverified = bundle::open(&arguments.bundle)?;
-    match &arguments.key {
+fn open(dir: &Path, key: Option<&Path>) -> Result<Bundle, ReconstructError> {
+    let unverified = bundle::open(dir)?;
+    match key {
         Some(path) => Ok(unverified.verify(&PublicKey::from_file(path)?)?),
         None => {
             let _ = writeln!(

@@ -32,6 +32,9 @@ pub(crate) enum RoleError {
     /// ONNX Runtime cannot be used; trying again is of no use.
     #[error("ONNX Runtime cannot be used")]
     Runtime(#[from] decoder::RuntimeError),
+    /// The bundle does not fit this board; trying again is of no use.
+    #[error("the bundle does not fit this board")]
+    Memory(#[from] crate::memory::MemoryError),
     /// The networks cannot be loaded; trying again is of no use.
     #[error("the bundle's networks cannot be loaded")]
     Decoder(#[from] decoder::DecodeError),
@@ -83,6 +86,7 @@ impl RoleError {
                 | RoleError::Bundle(_)
                 | RoleError::Key(_)
                 | RoleError::Runtime(_)
+                | RoleError::Memory(_)
                 | RoleError::Decoder(_)
         );
         // A disk or a mount that fails now may work at the next try; what is missing or wrong will not.

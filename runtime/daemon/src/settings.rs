@@ -12,6 +12,8 @@ use decoder::Fidelity;
 use rtfmri::glm::{Hrf, Noise};
 use serde::Deserialize;
 
+use crate::memory::Feature;
+
 const DEFAULTS: &str = include_str!("defaults.toml");
 /// Longest path of the sockets' folder; a socket's whole name has at most 107 bytes.
 const MAX_SOCKET_DIR: usize = 85;
@@ -93,6 +95,7 @@ struct RawSettings {
     task: RawTask,
     subject: RawSubject,
     model: RawModel,
+    memory: RawMemory,
     web: RawWeb,
     limits: RawLimits,
     log: RawLog,
@@ -171,6 +174,13 @@ struct RawModel {
     fidelity: Fidelity,
     threads: u64,
     onnxruntime: Option<PathBuf>,
+    without: Vec<Feature>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawMemory {
+    limit_mib: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -248,6 +258,10 @@ pub(crate) struct Settings {
     pub(crate) threads: usize,
     /// ONNX Runtime's library, where it is not in its usual place.
     pub(crate) onnxruntime: Option<PathBuf>,
+    /// What this box does without.
+    pub(crate) without: Vec<Feature>,
+    /// Memory that the networks may have; the machine's where the board does not say.
+    pub(crate) memory_limit_bytes: Option<u64>,
     /// Where the pages are served.
     pub(crate) listen: SocketAddr,
     /// Names, besides loopback's, under which the pages may be asked for.
@@ -364,6 +378,10 @@ impl RawSettings {
             128,
             8192,
         )?;
+        let limit_mib = self.memory.limit_mib;
+        if let Some(limit) = limit_mib {
+            whole("memory.limit_mib", limit, 256, 1 << 20)?;
+        }
         let label = self.session.label.trim().to_owned();
         if label.is_empty() || label.chars().count() > 64 {
             return Err(SettingsError::Range {
@@ -426,6 +444,8 @@ impl RawSettings {
             fidelity: self.model.fidelity,
             threads: usize::try_from(threads).unwrap_or(1),
             onnxruntime: onnxruntime.transpose()?,
+            without: self.model.without,
+            memory_limit_bytes: limit_mib.map(|limit| limit << 20),
             listen,
             hosts: self.web.hosts,
             queue: usize::try_from(queue).unwrap_or(16),

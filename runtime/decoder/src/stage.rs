@@ -281,6 +281,11 @@ fn open_session(
         )?
         // Prepacking doubles resident weights and gains at most a seventh of the time.
         .with_prepacking(false)?
+        // Fusions, and no blocked layout of convolutions: that copies their weights (1.4 GB of a UNet's)
+        // and doubles the time of loading for a twentieth of a call.
+        .with_optimization_level(GraphOptimizationLevel::Level2)?
+        // Patterns of allocations reserve the whole working memory once more at the second call.
+        .with_memory_pattern(false)?
         .with_deterministic_compute(true)?;
     if let Some(level) = level {
         builder = builder.with_optimization_level(level)?;

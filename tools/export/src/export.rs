@@ -262,6 +262,10 @@ pub struct StageReport {
 pub fn export(plan: &Plan, out: &Path, say: &mut dyn FnMut(&str)) -> Result<Report, ExportError> {
     let opened = open(plan)?;
     let mut description = describe(plan, &opened)?;
+    description.planned.retain(|planned| match planned.place {
+        Place::Shared(name) => !plan.without.contains(&name),
+        Place::Subject { .. } => true,
+    });
     for (lora, merged) in plan.loras.iter().zip(&description.loras) {
         merged.say(&file_name(&lora.file), say);
     }
@@ -477,13 +481,14 @@ fn write_stages(
         islands.apply(model.graph.get_or_insert_default());
         writer.add(&graph_path, &model.encode_to_vec())?;
         let (inputs, outputs) = stage.graph.specs();
-        let stage = Stage {
+        let shipped = Stage {
             graph: graph_path,
             weights: Some(weights_path),
             inputs,
             outputs,
+            working_bytes: stage.graph.working_bytes(),
         };
-        stages.push((stage, audited));
+        stages.push((shipped, audited));
     }
     Ok(stages)
 }
@@ -535,9 +540,9 @@ fn look(
         };
         let mut file = writer.weights(PASSING)?;
         let places = weights::write(&auditor.missing(index, &held), &mut file, &mut problems)?;
-        file.flush()?;
+        writer.close(file)?;
+        writer.settle()?;
         let verdict = auditor.look(index, &held, (PASSING, &places));
-        drop(file);
         writer.remove(PASSING)?;
         match verdict? {
             Verdict::Done(audited) => return Ok(*audited),

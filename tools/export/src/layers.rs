@@ -23,9 +23,39 @@ pub fn linear<'c>(
         let weight = s.weight(g, &format!("{key}.weight"), &[out, inner]);
         return g.gemm(x, &weight, bias.as_ref());
     }
-    let weight = s.transposed(g, &format!("{key}.weight"), out, inner);
+    product(
+        g,
+        s,
+        &format!("{key}.weight"),
+        &[out, inner],
+        x,
+        bias.as_ref(),
+    )
+}
+
+/// `x` `[.., row, in]` times the transpose of a matrix `[out, in]` (`stored` are its axes in the
+/// checkpoint, perhaps with ones behind), plus `bias` `[out]`; in 8-bit integers where the graph is quantised.
+pub fn product<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    name: &str,
+    stored: &[u64],
+    x: &Value,
+    bias: Option<&Value>,
+) -> Value {
+    let turned = [stored[1], stored[0]];
+    if g.is_quantised() {
+        let weight = s.weight_as(g, name, stored, Elem::I8, &turned, Layout::Quantised);
+        let scales = s.weight_as(g, name, stored, Elem::F32, &[stored[0]], Layout::Scales);
+        return g.matmul_dynamic(x, &weight, &scales, bias);
+    }
+    let act = g.act();
+    let weight = s.weight_as(g, name, stored, act, &turned, Layout::Transposed);
     let product = g.matmul(x, &weight);
-    bias.map_or(product.clone(), |bias| g.add(&product, &bias))
+    match bias {
+        Some(bias) => g.add(&product, bias),
+        None => product,
+    }
 }
 
 /// Linear layer whose width is read from its weight.

@@ -107,6 +107,9 @@ struct BundleArgs {
     /// The ONNX Runtime library of the audit (default: ORT_DYLIB_PATH, then beside this program)
     #[arg(long)]
     onnxruntime: Option<PathBuf>,
+    /// Stages to leave out though the checkpoints hold them, with commas between
+    #[arg(long, value_delimiter = ',', value_parser = stage_name)]
+    without: Vec<bundle::StageName>,
     /// The bundle's folder; must not exist yet
     #[arg(long)]
     out: PathBuf,
@@ -137,6 +140,8 @@ enum PrecisionArg {
     Fp32,
     /// Half precision: GPUs
     Fp16,
+    /// 8-bit integer products in the large networks: CPUs that have instructions for them
+    Int8,
 }
 
 impl From<PrecisionArg> for bundle::Precision {
@@ -144,8 +149,22 @@ impl From<PrecisionArg> for bundle::Precision {
         match precision {
             PrecisionArg::Fp32 => bundle::Precision::Fp32,
             PrecisionArg::Fp16 => bundle::Precision::Fp16,
+            PrecisionArg::Int8 => bundle::Precision::Int8,
         }
     }
+}
+
+fn stage_name(text: &str) -> Result<bundle::StageName, String> {
+    let known = bundle::StageName::ALL;
+    known
+        .into_iter()
+        .find(|name| name.as_str() == text)
+        .ok_or_else(|| {
+            format!(
+                "expected one of {}",
+                known.map(bundle::StageName::as_str).join(", ")
+            )
+        })
 }
 
 type Failure = Box<dyn std::error::Error>;
@@ -223,6 +242,7 @@ fn run_bundle(args: BundleArgs) -> Result<(), Failure> {
     plan.allow_unexpected |= args.allow_unexpected;
     plan.audit &= !args.no_audit;
     plan.onnxruntime = args.onnxruntime;
+    plan.without.extend(args.without);
     for note in &plan.notes {
         progress(&format!("note: {note}"));
     }

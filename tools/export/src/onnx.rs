@@ -68,6 +68,9 @@ pub struct NodeProto {
     /// Settings of the operator.
     #[prost(message, repeated, tag = "5")]
     pub attribute: Vec<AttributeProto>,
+    /// Set of the operator; empty for the standard ones.
+    #[prost(string, tag = "7")]
+    pub domain: String,
 }
 
 /// A setting of an operator.
@@ -235,6 +238,8 @@ pub struct DimensionProto {
 pub mod element {
     /// IEEE single precision.
     pub const FLOAT: i32 = 1;
+    /// 8-bit signed integer.
+    pub const INT8: i32 = 3;
     /// 64-bit signed integer.
     pub const INT64: i32 = 7;
     /// Truth value.

@@ -128,6 +128,21 @@ fn fp16_bundle_keeps_the_cosine_of_every_stage() {
 }
 
 #[test]
+fn int8_bundle_keeps_the_pictures() {
+    let Some(golden) = golden() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let bundle = dir.path().join("bundle");
+    from_folder(&golden, Precision::Int8, &bundle);
+    let (passed, table) = checked(&bundle, &golden, None);
+    assert!(passed, "{table}");
+    // The products are quantised: the UNet is a quarter of its fp32 size and no longer exact.
+    assert!(table.starts_with("int8 bundle"), "{table}");
+    let eps = |line: &&str| line.starts_with("unet_unclip") && line.contains(" eps ");
+    let line = table.lines().find(eps).expect("the UNet is compared");
+    assert!(!line.contains("1.00000000"), "{line}");
+}
+
+#[test]
 fn a_changed_weight_is_out_of_tolerance() {
     let Some(golden) = golden() else { return };
     let dir = tempfile::tempdir().unwrap();
@@ -151,7 +166,7 @@ fn a_changed_weight_is_out_of_tolerance() {
 fn exporting_twice_gives_identical_bytes() {
     let Some(golden) = golden() else { return };
     let dir = tempfile::tempdir().unwrap();
-    for precision in [Precision::Fp32, Precision::Fp16] {
+    for precision in [Precision::Fp32, Precision::Fp16, Precision::Int8] {
         let (first, second) = (
             dir.path().join(format!("{precision}-1")),
             dir.path().join(format!("{precision}-2")),

@@ -25,12 +25,17 @@ pub(crate) fn write(out: &mut dyn Write, seed: u64, file: &str, tensor: &Tensor)
                     .iter()
                     .flat_map(|value| value.to_le_bytes())
                     .collect(),
+                // There are no tables of integers but counts.
+                DType::I64 => Vec::new(),
                 DType::F16 => values
                     .iter()
                     .flat_map(|value| f16::from_f32(*value).to_le_bytes())
                     .collect(),
             };
             out.write_all(&bytes)
+        }
+        Fill::Counting => {
+            (0..tensor.len()).try_for_each(|count| out.write_all(&count.to_le_bytes()))
         }
         Fill::Uniform { centre, reach } => uniform(
             out,
@@ -74,6 +79,8 @@ fn uniform(
                     place.copy_from_slice(&f16::from_f32(centre + step * scale).to_le_bytes());
                 }
             }
+            // Not drawn; the lengths are checked where the file is written.
+            DType::I64 => bytes.fill(0),
             DType::F32 => {
                 // 24 bits, so that every step is exact.
                 let scale = reach / 8_388_608.0;
@@ -117,6 +124,7 @@ mod tests {
         let mut bytes = Vec::new();
         write(&mut bytes, seed, "last", tensor).unwrap();
         match tensor.dtype {
+            DType::I64 => panic!("integers are not drawn"),
             DType::F32 => bytes
                 .chunks_exact(4)
                 .map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()))

@@ -17,6 +17,8 @@ pub(crate) enum DType {
     F16,
     /// IEEE single.
     F32,
+    /// 64-bit integer.
+    I64,
 }
 
 impl DType {
@@ -25,6 +27,7 @@ impl DType {
         match self {
             Self::F16 => 2,
             Self::F32 => 4,
+            Self::I64 => 8,
         }
     }
 }
@@ -52,6 +55,8 @@ pub(crate) enum Fill {
     },
     /// These values.
     Table(Vec<f32>),
+    /// 0, 1, 2 and so on.
+    Counting,
     /// The storage of another tensor of the file, by its place in the list.
     SameAs(usize),
 }
@@ -274,7 +279,7 @@ pub(crate) fn unclip(size: &Unclip, types: Types) -> Vec<Tensor> {
     list.tensors
 }
 
-fn unet(list: &mut List, size: &Unet, context: u64) {
+pub(super) fn unet(list: &mut List, size: &Unet, context: u64) {
     const AT: &str = "model.diffusion_model";
     let (base, time) = (size.channels, 4 * size.channels);
     list.linear(&format!("{AT}.time_embed.0"), base, time);
@@ -426,7 +431,7 @@ fn image_tower(list: &mut List, size: &ImageTower) {
     list.norm(&format!("{AT}.ln_final"), size.text_width);
 }
 
-fn vae(list: &mut List, size: &Vae) {
+pub(super) fn vae(list: &mut List, size: &Vae) {
     const AT: &str = "first_stage_model";
     let widths: Vec<u64> = size
         .channel_mult
@@ -492,13 +497,13 @@ fn vae_middle(list: &mut List, at: &str, width: u64) {
 }
 
 /// The tensors of one file as they are registered.
-struct List {
+pub(super) struct List {
     types: Types,
-    tensors: Vec<Tensor>,
+    pub(super) tensors: Vec<Tensor>,
 }
 
 impl List {
-    fn new(types: Types) -> Self {
+    pub(super) fn new(types: Types) -> Self {
         Self {
             types,
             tensors: Vec::new(),
@@ -512,6 +517,11 @@ impl List {
             Types::Mixed if shape.len() > 1 => DType::F16,
             Types::Mixed => DType::F32,
         };
+        self.add_as(name, dtype, shape, fill)
+    }
+
+    /// A tensor of a type of its own.
+    pub(super) fn add_as(&mut self, name: &str, dtype: DType, shape: &[u64], fill: Fill) -> usize {
         self.tensors.push(Tensor {
             name: name.to_owned(),
             dtype,
@@ -522,12 +532,12 @@ impl List {
     }
 
     /// A matrix or convolution that keeps the variance of its input.
-    fn weight(&mut self, name: &str, shape: &[u64]) {
+    pub(super) fn weight(&mut self, name: &str, shape: &[u64]) {
         let fan_in: u64 = shape[1..].iter().product();
         self.uniform(name, shape, 0.0, (3.0 / short(fan_in)).sqrt());
     }
 
-    fn linear(&mut self, at: &str, from: u64, to: u64) {
+    pub(super) fn linear(&mut self, at: &str, from: u64, to: u64) {
         self.weight(&format!("{at}.weight"), &[to, from]);
         self.bias(&format!("{at}.bias"), to);
     }
@@ -537,7 +547,7 @@ impl List {
         self.bias(&format!("{at}.bias"), to);
     }
 
-    fn norm(&mut self, at: &str, width: u64) {
+    pub(super) fn norm(&mut self, at: &str, width: u64) {
         self.gain(&format!("{at}.weight"), width);
         self.bias(&format!("{at}.bias"), width);
     }
@@ -546,15 +556,15 @@ impl List {
         self.uniform(name, &[width], 1.0, 0.1);
     }
 
-    fn bias(&mut self, name: &str, width: u64) {
+    pub(super) fn bias(&mut self, name: &str, width: u64) {
         self.uniform(name, &[width], 0.0, 0.05);
     }
 
-    fn uniform(&mut self, name: &str, shape: &[u64], centre: f32, reach: f32) {
+    pub(super) fn uniform(&mut self, name: &str, shape: &[u64], centre: f32, reach: f32) {
         self.add(name, shape, Fill::Uniform { centre, reach });
     }
 
-    fn scalar(&mut self, name: &str, value: f32) {
+    pub(super) fn scalar(&mut self, name: &str, value: f32) {
         self.add(name, &[], Fill::Table(vec![value]));
     }
 

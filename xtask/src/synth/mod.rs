@@ -12,6 +12,8 @@ pub(crate) mod container;
 mod fill;
 mod layout;
 pub(crate) mod pickle;
+mod refinement;
+mod safetensors;
 mod schedule;
 mod size;
 
@@ -29,7 +31,7 @@ use size::Size;
 /// What to write.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Request {
-    /// The released models' sizes (17 GB), or a few megabytes of the same build.
+    /// The released models' sizes (26 GB), or a few megabytes of the same build.
     #[arg(long, value_enum, default_value = "tiny")]
     pub(crate) size: Scale,
     /// Voxels of each subject: one number for all, or one per subject with commas between.
@@ -47,6 +49,10 @@ pub(crate) struct Request {
     /// How the unCLIP file stores its numbers: matrices as halves, or everything as singles.
     #[arg(long, value_enum, default_value = "mixed")]
     pub(crate) unclip_types: UnclipTypes,
+    /// Only these files, with commas between; all of the full size and the first three of the tiny one
+    /// where not given.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub(crate) only: Vec<Part>,
 }
 
 impl Request {
@@ -59,8 +65,42 @@ impl Request {
             out: out.into(),
             seed: 1,
             unclip_types: UnclipTypes::Mixed,
+            only: Vec::new(),
         }
     }
+
+    fn parts(&self) -> &[Part] {
+        const ALL: [Part; 6] = [
+            Part::Mindeye,
+            Part::Unclip,
+            Part::Autoenc,
+            Part::Sdxl,
+            Part::Bridge,
+            Part::Captioner,
+        ];
+        match (self.only.as_slice(), self.size) {
+            ([], Scale::Full) => &ALL,
+            ([], Scale::Tiny) => &ALL[..3],
+            (only, _) => only,
+        }
+    }
+}
+
+/// One of the files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Part {
+    /// Ridge, backbone, prior: `last.pth`.
+    Mindeye,
+    /// The unCLIP engine.
+    Unclip,
+    /// The blurry picture's autoencoder.
+    Autoenc,
+    /// The refiner's engine: SDXL base.
+    Sdxl,
+    /// The bridge to the captioner.
+    Bridge,
+    /// GIT, in a folder of its own.
+    Captioner,
 }
 
 /// How large.
@@ -121,8 +161,12 @@ enum Wrapping {
     MindEye,
     /// A Lightning checkpoint.
     Lightning,
+    /// Epoch and state dict.
+    Epoch,
     /// Nothing: a bare state dict.
     Bare,
+    /// Another container: safetensors.
+    Safetensors,
 }
 
 struct Checkpoint {
@@ -138,6 +182,52 @@ impl Checkpoint {
             .filter(|tensor| !matches!(tensor.fill, Fill::SameAs(_)))
             .map(Tensor::len_bytes)
             .sum()
+    }
+}
+
+impl Part {
+    fn checkpoint(self, size: &Size, types: Types) -> Checkpoint {
+        let (name, wrapping, tensors) = match self {
+            Part::Mindeye => (
+                "last.pth",
+                Wrapping::MindEye,
+                layout::mindeye(&size.mindeye),
+            ),
+            Part::Unclip => (
+                "unclip6_epoch0_step110000.ckpt",
+                Wrapping::Lightning,
+                layout::unclip(&size.unclip, types),
+            ),
+            Part::Autoenc => (
+                "sd_image_var_autoenc.pth",
+                Wrapping::Bare,
+                layout::autoencoder(&size.autoencoder),
+            ),
+            Part::Sdxl => (
+                "sd_xl_base_1.0.safetensors",
+                Wrapping::Safetensors,
+                refinement::sdxl(&size.sdxl),
+            ),
+            Part::Bridge => (
+                "bigG_to_L_epoch8.pth",
+                Wrapping::Epoch,
+                refinement::bridge(
+                    size.mindeye.tokens,
+                    size.mindeye.dim,
+                    size.captioner.vision.width,
+                ),
+            ),
+            Part::Captioner => (
+                "git/model.safetensors",
+                Wrapping::Safetensors,
+                refinement::captioner(&size.captioner),
+            ),
+        };
+        Checkpoint {
+            name,
+            wrapping,
+            tensors,
+        }
     }
 }
 
@@ -162,23 +252,11 @@ pub(crate) fn write(request: &Request) -> Result<(), SynthError> {
         UnclipTypes::Mixed => Types::Mixed,
         UnclipTypes::Fp32 => Types::Single,
     };
-    let checkpoints = [
-        Checkpoint {
-            name: "last.pth",
-            wrapping: Wrapping::MindEye,
-            tensors: layout::mindeye(&size.mindeye),
-        },
-        Checkpoint {
-            name: "unclip6_epoch0_step110000.ckpt",
-            wrapping: Wrapping::Lightning,
-            tensors: layout::unclip(&size.unclip, types),
-        },
-        Checkpoint {
-            name: "sd_image_var_autoenc.pth",
-            wrapping: Wrapping::Bare,
-            tensors: layout::autoencoder(&size.autoencoder),
-        },
-    ];
+    let parts = request.parts();
+    let checkpoints: Vec<Checkpoint> = parts
+        .iter()
+        .map(|part| part.checkpoint(&size, types))
+        .collect();
 
     let dir = &request.out;
     let failed = |path: &Path| {
@@ -186,6 +264,18 @@ pub(crate) fn write(request: &Request) -> Result<(), SynthError> {
         move |source| SynthError::Io { path, source }
     };
     fs::create_dir_all(dir).map_err(failed(dir))?;
+    if parts.contains(&Part::Captioner) {
+        let git = dir.join("git");
+        fs::create_dir_all(&git).map_err(failed(&git))?;
+        let config = format!("{:#}\n", size.captioner.config());
+        for (name, text) in [
+            ("config.json", config),
+            ("vocab.txt", size.captioner.vocabulary_text()),
+        ] {
+            let path = git.join(name);
+            fs::write(&path, text).map_err(failed(&path))?;
+        }
+    }
     // A tenth of a percent and a few megabytes for headers, padding and the pickles.
     let weights: u64 = checkpoints.iter().map(Checkpoint::len_bytes).sum();
     let needed = weights + weights / 1000 + (8 << 20);
@@ -243,6 +333,16 @@ fn write_checkpoint(path: &Path, checkpoint: &Checkpoint, seed: u64) -> io::Resu
 
 fn stream<W: Write>(out: W, checkpoint: &Checkpoint, seed: u64) -> io::Result<(W, u64)> {
     let stem = checkpoint.name.split('.').next().unwrap_or(checkpoint.name);
+    if matches!(checkpoint.wrapping, Wrapping::Safetensors) {
+        let mut progress = Progress::new(checkpoint.name, checkpoint.len_bytes());
+        return safetensors::write(out, &checkpoint.tensors, |out, tensor| {
+            let mut out = Counted {
+                out,
+                progress: &mut progress,
+            };
+            fill::write(&mut out, seed, stem, tensor)
+        });
+    }
     let mut container = Container::new(out, stem);
     let mut plan = Plan::default();
     let content = plan.content(checkpoint);
@@ -303,7 +403,11 @@ impl Plan {
     fn content(&mut self, checkpoint: &Checkpoint) -> Value {
         let tensors = self.tensors(&checkpoint.tensors);
         match checkpoint.wrapping {
-            Wrapping::Bare => Value::Ordered(tensors, None),
+            Wrapping::Bare | Wrapping::Safetensors => Value::Ordered(tensors, None),
+            Wrapping::Epoch => Value::dict([
+                ("epoch", Value::Int(8)),
+                ("model_state_dict", Value::Ordered(tensors, None)),
+            ]),
             Wrapping::Lightning => Value::dict([
                 ("state_dict", Value::Ordered(tensors, None)),
                 ("epoch", Value::Int(0)),
@@ -386,6 +490,7 @@ fn rebuilt(key: usize, dtype: DType, shape: &[u64]) -> Value {
     let class = match dtype {
         DType::F16 => "HalfStorage",
         DType::F32 => "FloatStorage",
+        DType::I64 => "LongStorage",
     };
     let mut strides: Vec<u64> = Vec::with_capacity(shape.len());
     let mut len = 1;
@@ -524,6 +629,7 @@ mod tests {
             out: out.to_path_buf(),
             seed: 7,
             unclip_types: UnclipTypes::Mixed,
+            only: Vec::new(),
         }
     }
 
@@ -574,6 +680,29 @@ mod tests {
             let same = fs::read(one.path().join(&name)).unwrap()
                 == fs::read(two.path().join(&name)).unwrap();
             assert!(same, "{}", name.to_string_lossy());
+        }
+    }
+
+    #[test]
+    fn every_part_can_be_asked_for_alone() {
+        for (part, expected) in [
+            (
+                Part::Sdxl,
+                vec!["config.json", "sd_xl_base_1.0.safetensors"],
+            ),
+            (Part::Bridge, vec!["bigG_to_L_epoch8.pth", "config.json"]),
+            (Part::Captioner, vec!["config.json", "git"]),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut request = request(dir.path());
+            request.only = vec![part];
+            write(&request).unwrap();
+            let mut names: Vec<String> = fs::read_dir(dir.path())
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            assert_eq!(names, expected);
         }
     }
 

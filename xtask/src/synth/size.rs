@@ -19,6 +19,8 @@ pub(crate) struct Size {
     pub(crate) mindeye: MindEye,
     pub(crate) autoencoder: Autoencoder,
     pub(crate) unclip: Unclip,
+    pub(crate) sdxl: Sdxl,
+    pub(crate) captioner: Captioner,
 }
 
 /// `last.pth`: ridge, backbone, prior.
@@ -87,6 +89,235 @@ pub(crate) struct ImageTower {
     pub(crate) text_width: u64,
 }
 
+/// `sd_xl_base*.safetensors`: the refiner's engine.
+#[derive(Clone, Debug)]
+pub(crate) struct Sdxl {
+    pub(crate) latent: u64,
+    pub(crate) unet: Unet,
+    pub(crate) vae: Vae,
+    pub(crate) clip_l: ClipL,
+    pub(crate) open_clip: OpenClip,
+}
+
+/// CLIP-L's text tower.
+#[derive(Clone, Debug)]
+pub(crate) struct ClipL {
+    pub(crate) vocabulary: u64,
+    pub(crate) context: u64,
+    pub(crate) width: u64,
+    pub(crate) mlp: u64,
+    pub(crate) layers: u64,
+    pub(crate) heads: u64,
+}
+
+/// OpenCLIP's text tower.
+#[derive(Clone, Debug)]
+pub(crate) struct OpenClip {
+    pub(crate) vocabulary: u64,
+    pub(crate) context: u64,
+    pub(crate) width: u64,
+    pub(crate) embedding: u64,
+    pub(crate) layers: u64,
+    pub(crate) heads: u64,
+}
+
+/// `git/`: the captioner.
+#[derive(Clone, Debug)]
+pub(crate) struct Captioner {
+    pub(crate) vocabulary: u64,
+    pub(crate) positions: u64,
+    pub(crate) width: u64,
+    pub(crate) mlp: u64,
+    pub(crate) layers: u64,
+    pub(crate) heads: u64,
+    pub(crate) vision: VisionTower,
+}
+
+/// The captioner's own image tower.
+#[derive(Clone, Debug)]
+pub(crate) struct VisionTower {
+    pub(crate) image: u64,
+    pub(crate) patch: u64,
+    pub(crate) width: u64,
+    pub(crate) mlp: u64,
+    pub(crate) layers: u64,
+    pub(crate) heads: u64,
+}
+
+impl VisionTower {
+    /// Patches and the class token.
+    pub(crate) fn tokens(&self) -> u64 {
+        (self.image / self.patch).pow(2) + 1
+    }
+}
+
+impl Sdxl {
+    fn tiny() -> Self {
+        Self {
+            latent: 16,
+            unet: Unet {
+                channels: 32,
+                channel_mult: vec![1, 1, 1],
+                res_blocks: 2,
+                attention_at: vec![4, 2],
+                transformer_depth: vec![1, 1, 2],
+                head_channels: 16,
+                vector: 20 + 6 * 256,
+            },
+            vae: Vae {
+                channels: 32,
+                channel_mult: vec![1, 1, 2, 1],
+                res_blocks: 1,
+            },
+            clip_l: ClipL {
+                vocabulary: 49_408,
+                context: 77,
+                width: 6,
+                mlp: 24,
+                layers: 12,
+                heads: 2,
+            },
+            open_clip: OpenClip {
+                vocabulary: 49_408,
+                context: 77,
+                width: 8,
+                embedding: 20,
+                layers: 4,
+                heads: 2,
+            },
+        }
+    }
+
+    fn full() -> Self {
+        Self {
+            latent: 96,
+            unet: Unet {
+                channels: 320,
+                channel_mult: vec![1, 2, 4],
+                res_blocks: 2,
+                attention_at: vec![4, 2],
+                transformer_depth: vec![1, 2, 10],
+                head_channels: 64,
+                vector: 1280 + 6 * 256,
+            },
+            vae: Vae {
+                channels: 128,
+                channel_mult: vec![1, 2, 4, 4],
+                res_blocks: 2,
+            },
+            clip_l: ClipL {
+                vocabulary: 49_408,
+                context: 77,
+                width: 768,
+                mlp: 3072,
+                layers: 12,
+                heads: 12,
+            },
+            open_clip: OpenClip {
+                vocabulary: 49_408,
+                context: 77,
+                width: 1280,
+                embedding: 1280,
+                layers: 32,
+                heads: 20,
+            },
+        }
+    }
+
+    fn config(&self) -> Value {
+        json!({
+            "latent_hw": [self.latent, self.latent],
+            "layer_idx": self.clip_l.layers - 1,
+            "unet": { "num_head_channels": self.unet.head_channels },
+            "clip_l": { "num_attention_heads": self.clip_l.heads },
+            "openclip": { "text": { "heads": self.open_clip.heads } },
+        })
+    }
+}
+
+impl Captioner {
+    fn tiny() -> Self {
+        Self {
+            vocabulary: 912,
+            positions: 64,
+            width: 32,
+            mlp: 48,
+            layers: 3,
+            heads: 4,
+            vision: VisionTower {
+                image: 56,
+                patch: 14,
+                width: 32,
+                mlp: 64,
+                layers: 1,
+                heads: 4,
+            },
+        }
+    }
+
+    fn full() -> Self {
+        Self {
+            vocabulary: 30_522,
+            positions: 1024,
+            width: 768,
+            mlp: 3072,
+            layers: 6,
+            heads: 12,
+            vision: VisionTower {
+                image: 224,
+                patch: 14,
+                width: 1024,
+                mlp: 4096,
+                layers: 24,
+                heads: 16,
+            },
+        }
+    }
+
+    /// The `config.json` beside the captioner's weights.
+    pub(crate) fn config(&self) -> Value {
+        let vision = &self.vision;
+        json!({
+            "architectures": ["GitForCausalLM"],
+            "model_type": "git",
+            "bos_token_id": 101,
+            "eos_token_id": 102,
+            "pad_token_id": 0,
+            "hidden_act": "gelu",
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp,
+            "layer_norm_eps": 1e-12,
+            "max_position_embeddings": self.positions,
+            "num_attention_heads": self.heads,
+            "num_hidden_layers": self.layers,
+            "vocab_size": self.vocabulary,
+            "vision_config": {
+                "model_type": "git_vision_model",
+                "hidden_size": vision.width,
+                "image_size": vision.image,
+                "intermediate_size": vision.mlp,
+                "num_attention_heads": vision.heads,
+                "num_hidden_layers": vision.layers,
+                "patch_size": vision.patch,
+            },
+        })
+    }
+
+    /// A vocabulary of made-up words with BERT's special tokens in their places.
+    pub(crate) fn vocabulary_text(&self) -> String {
+        (0..self.vocabulary)
+            .map(|id| match id {
+                0 => "[PAD]\n".to_owned(),
+                100 => "[UNK]\n".to_owned(),
+                101 => "[CLS]\n".to_owned(),
+                102 => "[SEP]\n".to_owned(),
+                103 => "[MASK]\n".to_owned(),
+                _ => format!("word{id}\n"),
+            })
+            .collect()
+    }
+}
+
 impl Size {
     /// A model of a few megabytes with every part of the released one.
     pub(crate) fn tiny(voxels: Vec<u64>) -> Self {
@@ -135,6 +366,8 @@ impl Size {
                     text_width: 16,
                 },
             },
+            sdxl: Sdxl::tiny(),
+            captioner: Captioner::tiny(),
         }
     }
 
@@ -185,6 +418,8 @@ impl Size {
                     text_width: 1280,
                 },
             },
+            sdxl: Sdxl::full(),
+            captioner: Captioner::full(),
         }
     }
 
@@ -245,6 +480,7 @@ impl Size {
                     },
                 },
             },
+            "sdxl": self.sdxl.config(),
             "constants": {
                 "prior_timesteps": PRIOR_STEPS,
                 "prior_ddim_steps": 20,

@@ -84,6 +84,11 @@ pub enum Precision {
     Fp32,
     /// fp16 weights and activations, fp32 statistics in norms and softmax, fp32 graph inputs and outputs.
     Fp16,
+    /// As fp32, but matrix products with the weights of the UNets and the largest layer of the backbone
+    /// are done in 8-bit integers: a scale per column of weights, a scale per call of activations.
+    /// For CPUs with instructions for it (x86 VNNI, Arm dot product). The prior stays in fp32: after
+    /// its 19 steps a quantised one keeps a cosine of 0.988 only.
+    Int8,
 }
 
 impl fmt::Display for Precision {
@@ -91,6 +96,7 @@ impl fmt::Display for Precision {
         f.write_str(match self {
             Precision::Fp32 => "fp32",
             Precision::Fp16 => "fp16",
+            Precision::Int8 => "int8",
         })
     }
 }

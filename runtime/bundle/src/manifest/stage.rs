@@ -108,6 +108,9 @@ pub struct Stage {
     pub inputs: Vec<TensorSpec>,
     /// Graph outputs in order.
     pub outputs: Vec<TensorSpec>,
+    /// Bytes of the intermediate values alive at once at batch 1; 0 where the exporter did not say.
+    #[serde(default)]
+    pub working_bytes: u64,
 }
 
 impl Stage {

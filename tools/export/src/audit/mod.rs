@@ -408,6 +408,7 @@ fn spec(
         weights: None,
         inputs,
         outputs,
+        working_bytes: 0,
     }
 }
 

@@ -107,7 +107,7 @@ fn plain(op: &str, inputs: &[&str], output: &str) -> NodeProto {
         output: vec![output.into()],
         name: format!("probe_{output}"),
         op_type: op.into(),
-        attribute: Vec::new(),
+        ..NodeProto::default()
     }
 }
 

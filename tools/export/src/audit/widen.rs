@@ -29,6 +29,7 @@ pub(super) fn cast(from: &str, to: &str, elem: i32) -> NodeProto {
         name: format!("cast_{from}_to_{to}"),
         op_type: "Cast".into(),
         attribute: vec![AttributeProto::int("to", i64::from(elem))],
+        ..NodeProto::default()
     }
 }
 

@@ -207,6 +207,7 @@ impl Parity {
         rows.extend(self.scheduler_rows()?);
         let arithmetic = match self.precision() {
             Precision::Fp32 => "ONNX Runtime on the CPU, fp32",
+            Precision::Int8 => "ONNX Runtime on the CPU: 8-bit integer products, fp32 elsewhere",
             Precision::Fp16 => "ONNX Runtime on the CPU: fp16 weights, fp32 arithmetic",
         };
         Ok(Report {

@@ -9,6 +9,21 @@ use serde::Serialize;
 pub(crate) const HALF_COSINE: f64 = 0.9995;
 /// Smallest peak signal-to-noise ratio of an fp16 bundle's pictures, in dB.
 pub(crate) const HALF_PSNR_DB: f64 = 35.0;
+/// Smallest cosine of an int8 bundle. One call of a UNet keeps 0.9993; a sampler feeds its own result
+/// back and ends at 0.996 after twelve steps of a tiny refiner. The picture below decides.
+const INTEGER_COSINE: f64 = 0.995;
+/// Smallest peak signal-to-noise ratio of an int8 bundle's pictures: the usual threshold below which
+/// people begin to see a difference.
+const INTEGER_PSNR_DB: f64 = 30.0;
+
+/// What decides in a precision whose rounding is its own: smallest cosine, smallest ratio in dB.
+fn gate(precision: bundle::Precision) -> Option<(f64, f64)> {
+    match precision {
+        bundle::Precision::Fp32 => None,
+        bundle::Precision::Fp16 => Some((HALF_COSINE, HALF_PSNR_DB)),
+        bundle::Precision::Int8 => Some((INTEGER_COSINE, INTEGER_PSNR_DB)),
+    }
+}
 
 /// How near a result must be to its reference.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -17,9 +32,9 @@ pub enum Tolerance {
     Exact,
     /// Largest difference as a share of the expected value, in every precision.
     Relative(f64),
-    /// Largest difference in fp32; cosine in fp16.
+    /// Largest difference in fp32; cosine in fp16 and int8.
     Close(f64),
-    /// Like `Close`, for pictures in 0..1: in fp16 the signal-to-noise ratio decides.
+    /// Like `Close`, for pictures in 0..1: in fp16 and int8 the signal-to-noise ratio decides.
     Picture(f64),
 }
 
@@ -134,23 +149,19 @@ impl Row {
         let distance = Distance::between(found, expected);
         row.max_error = Some(distance.max_error);
         row.cosine = Some(distance.cosine);
-        let half = precision == bundle::Precision::Fp16;
-        let good = match tolerance {
-            Tolerance::Exact => {
+        let good = match (tolerance, gate(precision)) {
+            (Tolerance::Exact, _) => {
                 row.tolerance = Some(0.0);
                 distance.max_error == 0.0
             }
-            Tolerance::Relative(limit) => {
+            (Tolerance::Relative(limit), _) => {
                 row.max_error = Some(distance.max_relative);
                 row.tolerance = Some(limit);
                 distance.max_relative <= limit
             }
-            Tolerance::Close(_) if half => distance.cosine >= HALF_COSINE,
-            Tolerance::Picture(_) if half => {
-                row.psnr_db = Some(distance.psnr_db);
-                distance.psnr_db >= HALF_PSNR_DB
-            }
-            Tolerance::Close(limit) | Tolerance::Picture(limit) => {
+            (Tolerance::Close(_), Some((cosine, _))) => distance.cosine >= cosine,
+            (Tolerance::Picture(_), Some((_, psnr_db))) => distance.psnr_db >= psnr_db,
+            (Tolerance::Close(limit) | Tolerance::Picture(limit), None) => {
                 row.tolerance = Some(limit);
                 distance.max_error <= limit
             }
@@ -360,7 +371,7 @@ mod tests {
             array![1.0, f32::NAN].into_dyn(),
             array![1.0_f32, 2.0].into_dyn(),
         );
-        for precision in [Precision::Fp32, Precision::Fp16] {
+        for precision in [Precision::Fp32, Precision::Fp16, Precision::Int8] {
             for tolerance in [
                 Tolerance::Exact,
                 Tolerance::Relative(1e9),

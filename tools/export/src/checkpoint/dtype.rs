@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use half::slice::HalfFloatSliceExt;
+
 /// Element types of checkpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TensorDType {
@@ -72,14 +74,24 @@ impl fmt::Display for TensorDType {
     clippy::cast_precision_loss,
     reason = "the target is single precision"
 )]
-pub(super) fn convert(dtype: TensorDType, bytes: &[u8], values: &mut Vec<f32>) {
+pub(crate) fn convert(dtype: TensorDType, bytes: &[u8], values: &mut Vec<f32>) {
     fn each<const N: usize>(bytes: &[u8], values: &mut Vec<f32>, number: impl Fn([u8; N]) -> f32) {
         let (chunks, _) = bytes.as_chunks::<N>();
         values.extend(chunks.iter().map(|&chunk| number(chunk)));
     }
     match dtype {
         TensorDType::F32 => each(bytes, values, f32::from_le_bytes),
-        TensorDType::F16 => each(bytes, values, |b| half::f16::from_le_bytes(b).to_f32()),
+        TensorDType::F16 => {
+            // By the slice, so that whole registers are converted where the processor can.
+            let (chunks, _) = bytes.as_chunks::<2>();
+            let halves: Vec<half::f16> = chunks
+                .iter()
+                .map(|&chunk| half::f16::from_le_bytes(chunk))
+                .collect();
+            let begin = values.len();
+            values.resize(begin + halves.len(), 0.0);
+            halves.convert_to_f32_slice(&mut values[begin..]);
+        }
         TensorDType::BF16 => each(bytes, values, |b| half::bf16::from_le_bytes(b).to_f32()),
         TensorDType::F64 => each(bytes, values, |b| f64::from_le_bytes(b) as f32),
         TensorDType::I64 => each(bytes, values, |b| i64::from_le_bytes(b) as f32),

@@ -31,13 +31,14 @@ use std::sync::Mutex;
 
 pub use container::Container;
 pub use dtype::TensorDType;
+pub(crate) use dtype::convert;
 pub use error::CheckpointError;
 pub use folder::{is_diffusers, is_zero};
 pub use names::Names;
 pub use pickle::PickleError;
 use storage::Storage;
 use tensor::Entry;
-pub use tensor::TensorRef;
+pub use tensor::{Chunk, TensorRef};
 
 /// One file of a checkpoint.
 #[derive(Debug)]

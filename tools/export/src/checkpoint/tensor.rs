@@ -88,6 +88,15 @@ impl Entry {
     }
 }
 
+/// Some of a tensor's numbers, in order.
+#[derive(Clone, Copy, Debug)]
+pub enum Chunk<'a> {
+    /// As they lie in the file: whole numbers, little-endian, for [`super::convert`].
+    Stored(TensorDType, &'a [u8]),
+    /// Gathered from a strided view, or changed by a LoRA.
+    Values(&'a [f32]),
+}
+
 /// A tensor of an open checkpoint.
 #[derive(Clone)]
 pub struct TensorRef<'c> {
@@ -233,28 +242,56 @@ impl<'c> TensorRef<'c> {
         })
     }
 
-    /// The numbers as they are in the file.
+    /// As [`Self::for_each_f32_chunk`], but numbers that need not be computed come as they are stored.
+    ///
+    /// # Errors
+    /// What reading brings, and what `consume` returns.
+    pub fn for_each_chunk(
+        &self,
+        mut consume: impl FnMut(u64, Chunk<'_>) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
+        if self.deltas.is_empty() {
+            self.for_each_view_chunk(consume)
+        } else {
+            self.for_each_f32_chunk(|first, values| consume(first, Chunk::Values(values)))
+        }
+    }
+
+    /// The numbers in the file, as fp32.
     fn for_each_stored_chunk(
         &self,
         mut consume: impl FnMut(u64, &[f32]) -> Result<(), CheckpointError>,
     ) -> Result<(), CheckpointError> {
+        let mut converted = Vec::new();
+        self.for_each_view_chunk(|first, chunk| match chunk {
+            Chunk::Values(values) => consume(first, values),
+            Chunk::Stored(dtype, bytes) => {
+                converted.clear();
+                dtype::convert(dtype, bytes, &mut converted);
+                consume(first, &converted)
+            }
+        })
+    }
+
+    /// The numbers as they are in the file.
+    fn for_each_view_chunk(
+        &self,
+        mut consume: impl FnMut(u64, Chunk<'_>) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
         let mut done = 0;
-        let mut values = Vec::new();
         for view in self.entry.views.iter().filter(|view| view.elements() > 0) {
             if view.contiguous() {
                 let size = view.dtype.len_bytes();
                 let (start, len) = (view.offset * size, view.elements() * size);
                 self.checkpoint.stream(view.storage, start, len, |bytes| {
-                    values.clear();
-                    dtype::convert(view.dtype, bytes, &mut values);
-                    consume(done, &values)?;
-                    done += values.len() as u64;
+                    consume(done, Chunk::Stored(view.dtype, bytes))?;
+                    done += bytes.len() as u64 / size;
                     Ok(())
                 })?;
             } else {
                 let held = self.checkpoint.hold(view.storage, self.name)?;
                 gather(view, &held, |values| {
-                    consume(done, values)?;
+                    consume(done, Chunk::Values(values))?;
                     done += values.len() as u64;
                     Ok(())
                 })?;

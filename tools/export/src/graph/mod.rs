@@ -13,12 +13,15 @@ use crate::onnx::{AttributeProto, NodeProto, TensorProto, element};
 
 mod model;
 mod ops;
+mod working;
 
 pub use ops::Reduction;
 
 /// Operator set of all graphs: LayerNormalization needs 17, `TensorRT` 10.3 reads up to 20.
 const OPSET: i64 = 17;
 const IR_VERSION: i64 = 8;
+/// ONNX Runtime's own operators: the second dialect, used where it is measured to be faster.
+const FUSED_DOMAIN: &str = "com.microsoft";
 
 /// Element type of a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +30,8 @@ pub enum Elem {
     F32,
     /// IEEE half precision.
     F16,
+    /// 8-bit signed integer: quantised weights.
+    I8,
     /// 64-bit signed integer.
     I64,
     /// Truth value.
@@ -38,6 +43,7 @@ impl Elem {
         match self {
             Elem::F32 => element::FLOAT,
             Elem::F16 => element::FLOAT16,
+            Elem::I8 => element::INT8,
             Elem::I64 => element::INT64,
             Elem::Bool => element::BOOL,
         }
@@ -48,6 +54,7 @@ impl Elem {
             Elem::F32 => "fp32",
             Elem::F16 => "fp16",
             Elem::I64 => "int64",
+            Elem::I8 => "int8",
             Elem::Bool => "bool",
         }
     }
@@ -59,7 +66,7 @@ impl Elem {
             Elem::F32 => 4,
             Elem::F16 => 2,
             Elem::I64 => 8,
-            Elem::Bool => 1,
+            Elem::I8 | Elem::Bool => 1,
         }
     }
 }
@@ -135,6 +142,11 @@ pub enum Layout {
     AsStored,
     /// A matrix with its axes exchanged.
     Transposed,
+    /// Integers of at most 127 to be multiplied by a number per column: a matrix `[out, in]` as
+    /// `[in, out]`, or as bands `[band, in, out of the band]`.
+    Quantised,
+    /// What the columns of the same matrix, quantised before, are multiplied by.
+    Scales,
 }
 
 /// Where the numbers of a weight come from.
@@ -166,9 +178,12 @@ pub struct Weight<'c> {
 pub struct Graph<'c> {
     name: String,
     act: Elem,
+    quantised: bool,
     nodes: Vec<NodeProto>,
     /// Nodes named so far.
     named: usize,
+    /// Bytes of each node's result at batch 1.
+    node_bytes: Vec<u64>,
     inline: Vec<TensorProto>,
     weights: Vec<Weight<'c>>,
     by_name: HashMap<String, Value>,
@@ -181,14 +196,16 @@ impl<'c> Graph<'c> {
     #[must_use]
     pub fn new(name: &str, precision: Precision) -> Graph<'c> {
         let act = match precision {
-            Precision::Fp32 => Elem::F32,
+            Precision::Fp32 | Precision::Int8 => Elem::F32,
             Precision::Fp16 => Elem::F16,
         };
         Graph {
             name: name.into(),
             act,
+            quantised: false,
             nodes: Vec::new(),
             named: 0,
+            node_bytes: Vec::new(),
             inline: Vec::new(),
             weights: Vec::new(),
             by_name: HashMap::new(),
@@ -201,6 +218,19 @@ impl<'c> Graph<'c> {
     #[must_use]
     pub fn act(&self) -> Elem {
         self.act
+    }
+
+    /// Matrix products with weights are to be done in 8-bit integers where the precision says so.
+    ///
+    /// For networks that bear it; the others stay in fp32.
+    pub fn quantise(&mut self, precision: Precision) {
+        self.quantised = precision == Precision::Int8;
+    }
+
+    /// Whether matrix products with weights are done in 8-bit integers.
+    #[must_use]
+    pub fn is_quantised(&self) -> bool {
+        self.quantised
     }
 
     /// Declares an fp32 graph input.
@@ -233,9 +263,10 @@ impl<'c> Graph<'c> {
             output: vec![name.into()],
             name: format!("output_{name}"),
             op_type: "Identity".into(),
-            attribute: Vec::new(),
+            ..NodeProto::default()
         };
         self.nodes.push(node);
+        self.node_bytes.push(working::len_bytes(&wide));
         self.outputs.push(Value {
             name: name.into(),
             elem: Elem::F32,
@@ -362,9 +393,29 @@ impl<'c> Graph<'c> {
             name: format!("node_{name}"),
             op_type: op.into(),
             attribute: attributes,
+            domain: String::new(),
         });
-        Value { name, elem, shape }
+        let value = Value { name, elem, shape };
+        self.node_bytes.push(working::len_bytes(&value));
+        value
     }
+
+    /// A node of ONNX Runtime's own operators.
+    fn fused_node(
+        &mut self,
+        op: &str,
+        inputs: &[&Value],
+        attributes: Vec<AttributeProto>,
+        elem: Elem,
+        shape: Vec<Axis>,
+    ) -> Value {
+        let value = self.node(op, inputs, attributes, elem, shape);
+        if let Some(node) = self.nodes.last_mut() {
+            node.domain = FUSED_DOMAIN.into();
+        }
+        value
+    }
+
     /// An input that was declared before.
     ///
     /// # Panics

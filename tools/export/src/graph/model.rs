@@ -1,6 +1,6 @@
 //! The finished network as ONNX protobuf, its weights external.
 
-use super::{Axis, Graph, IR_VERSION, OPSET, Value, signed};
+use super::{Axis, FUSED_DOMAIN, Graph, IR_VERSION, OPSET, Value, signed};
 use crate::onnx::{
     DimensionProto, GraphProto, ModelProto, OperatorSetIdProto, StringStringEntryProto,
     TensorProto, TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto,
@@ -47,11 +47,20 @@ impl Graph<'_> {
                 input: self.inputs.iter().map(value_info).collect(),
                 output: self.outputs.iter().map(value_info).collect(),
             }),
-            opset_import: vec![OperatorSetIdProto {
-                domain: String::new(),
-                version: OPSET,
-            }],
+            opset_import: self.operator_sets(),
         }
+    }
+}
+
+impl Graph<'_> {
+    fn operator_sets(&self) -> Vec<OperatorSetIdProto> {
+        let set = |domain: &str, version| OperatorSetIdProto {
+            domain: domain.into(),
+            version,
+        };
+        let fused = self.nodes.iter().any(|node| node.domain == FUSED_DOMAIN);
+        let fused = fused.then(|| set(FUSED_DOMAIN, 1));
+        [set("", OPSET)].into_iter().chain(fused).collect()
     }
 }
 

@@ -135,6 +135,45 @@ impl Graph<'_> {
         self.node("MatMul", &[a, b], Vec::new(), a.elem, shape)
     }
 
+    /// `x` `[.., row, in]`, rounded to 8-bit integers with a scale of its own at each call, times
+    /// `weight` `[in, out]` or bands of it `[band, in, out]`, 8-bit integers that `scales` (`[out]`,
+    /// `[band, 1, out]`) belong to; plus `bias` `[out]`.
+    ///
+    /// # Panics
+    /// Where the inner axes differ or the weight is not of integers.
+    pub fn matmul_dynamic(
+        &mut self,
+        x: &Value,
+        weight: &Value,
+        scales: &Value,
+        bias: Option<&Value>,
+    ) -> Value {
+        assert_eq!(
+            weight.elem,
+            Elem::I8,
+            "DynamicQuantizeMatMul with {weight:?}"
+        );
+        let (rank, columns) = (weight.shape.len(), weight.last());
+        assert_eq!(
+            x.last(),
+            weight.len(rank - 2),
+            "product of {x:?} and {weight:?}"
+        );
+        let rows = x.shape[x.shape.len() - 2];
+        let mut shape = broadcast(&x.shape[..x.shape.len() - 2], &weight.shape[..rank - 2]);
+        shape.extend([rows, Axis::Len(columns)]);
+        let none = Value {
+            name: String::new(),
+            elem: Elem::I8,
+            shape: Vec::new(),
+        };
+        let mut inputs = vec![x, weight, scales];
+        if let Some(bias) = bias {
+            inputs.extend([&none, bias]);
+        }
+        self.fused_node("DynamicQuantizeMatMul", &inputs, Vec::new(), x.elem, shape)
+    }
+
     /// `x` `[batch, in]` times the transpose of `weight` `[out, in]`, plus `bias` `[out]`.
     ///
     /// # Panics

@@ -90,6 +90,7 @@ impl Plan {
             preview,
             subjects: Vec::new(),
             loras: Vec::new(),
+            without: Vec::new(),
             settings,
             allow_unexpected,
             audit: true,

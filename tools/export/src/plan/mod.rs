@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use bundle::Precision;
+use bundle::{Precision, StageName};
 use serde::Deserialize;
 
 use crate::lora::Target;
@@ -109,6 +109,8 @@ pub struct Plan {
     pub subjects: Vec<SubjectPlan>,
     /// LoRA files to merge, in order.
     pub loras: Vec<LoraPlan>,
+    /// Stages that are not wanted though the checkpoints hold them.
+    pub without: Vec<StageName>,
     /// What weights cannot tell.
     pub settings: ModelSettings,
     /// Export although the checkpoint holds tensors that the network does not know.

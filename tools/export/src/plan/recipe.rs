@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use bundle::Precision;
+use bundle::{Precision, StageName};
 use serde::Deserialize;
 
 use super::diffusers::Told;
@@ -28,6 +28,8 @@ struct Recipe {
     subjects: Vec<SubjectPlan>,
     #[serde(default)]
     loras: Vec<LoraPlan>,
+    #[serde(default)]
+    without: Vec<StageName>,
     #[serde(default)]
     settings: ModelSettings,
 }
@@ -99,6 +101,7 @@ impl Plan {
             preview: at(recipe.sources.preview),
             subjects,
             loras,
+            without: recipe.without,
             settings,
             allow_unexpected: recipe.allow_unexpected,
             audit: recipe.audit,

@@ -12,7 +12,7 @@
 
 use bundle::Precision;
 
-use crate::graph::{Axis, BATCH, Elem, Graph, Value};
+use crate::graph::{Axis, BATCH, Elem, Graph, Layout, Value};
 use crate::layers::{gelu, group_norm, layer_norm, linear};
 use crate::section::Section;
 use crate::stages::autoencoder;
@@ -80,15 +80,13 @@ pub fn build<'c>(s: &Section<'c>, shape: BackboneShape, precision: Precision) ->
         mixers(&mut g, s, &ridge, shape)
     };
     let flat = g.reshape(&trunk, &[BATCH, Axis::Len(seq * hidden)]);
-    let rows = linear(
-        &mut g,
-        s,
-        "backbone.backbone_linear",
-        &flat,
-        tokens * dim,
-        true,
-    );
-    let brain_tokens = g.reshape(&rows, &[BATCH, Axis::Len(tokens), Axis::Len(dim)]);
+    let key = "backbone.backbone_linear";
+    let brain_tokens = if precision == Precision::Int8 {
+        quantised_tokens(&mut g, s, key, &flat, shape)
+    } else {
+        let rows = linear(&mut g, s, key, &flat, tokens * dim, true);
+        g.reshape(&rows, &[BATCH, Axis::Len(tokens), Axis::Len(dim)])
+    };
     g.output("brain_tokens", &brain_tokens);
     if s.has_prefix("backbone.clip_proj.") {
         let retrieval = projector(&mut g, s, &brain_tokens);
@@ -100,6 +98,42 @@ pub fn build<'c>(s: &Section<'c>, shape: BackboneShape, precision: Precision) ->
     }
     s.ignore("backbone.b_maps_projector.");
     g
+}
+
+/// The largest layer in 8-bit integers, a band of its rows for each token: bands are turned one by
+/// one, which a matrix of seven gigabytes could not be as a whole.
+fn quantised_tokens<'c>(
+    g: &mut Graph<'c>,
+    s: &Section<'c>,
+    key: &str,
+    flat: &Value,
+    shape: BackboneShape,
+) -> Value {
+    let (name, inner) = (format!("{key}.weight"), flat.last());
+    let BackboneShape { tokens, dim, .. } = shape;
+    let stored = [tokens * dim, inner];
+    let bands = [tokens, inner, dim];
+    let weight = s.weight_as(g, &name, &stored, Elem::I8, &bands, Layout::Quantised);
+    let scales = s.weight_as(
+        g,
+        &name,
+        &stored,
+        Elem::F32,
+        &[tokens, 1, dim],
+        Layout::Scales,
+    );
+    let bias = s.weight_as(
+        g,
+        &format!("{key}.bias"),
+        &[tokens * dim],
+        Elem::F32,
+        &[tokens, dim],
+        Layout::AsStored,
+    );
+    let rows = g.reshape(flat, &[Axis::Len(1), BATCH, Axis::Len(inner)]);
+    let products = g.matmul_dynamic(&rows, &weight, &scales, None);
+    let products = g.transpose(&products, &[1, 0, 2]);
+    g.add(&products, &bias)
 }
 
 /// The mixers where one sequence token makes each block add a constant.

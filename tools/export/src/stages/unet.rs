@@ -6,10 +6,10 @@
 
 use bundle::Precision;
 
-use crate::graph::{Axis, BATCH, Graph, Layout, Value};
+use crate::graph::{Axis, BATCH, Graph, Value};
 use crate::layers::{
     Sinusoids, as_f64, attention, conv, conv_out, frequencies, gelu, group_norm, layer_norm,
-    linear, linear_to, silu, sinusoids,
+    linear, linear_to, product, silu, sinusoids,
 };
 use crate::section::Section;
 
@@ -59,6 +59,7 @@ pub fn build<'c>(
     precision: Precision,
 ) -> Graph<'c> {
     let mut graph = Graph::new(name, precision);
+    graph.quantise(precision);
     let g = &mut graph;
     let [height, width] = options.latent;
     let channels = latent_channels(s);
@@ -325,13 +326,8 @@ impl<'c> Unet<'_, 'c> {
         } else {
             &[out, inner]
         };
-        let act = g.act();
-        let weight = self
-            .s
-            .weight_as(g, &name, expected, act, &[inner, out], Layout::Transposed);
         let bias = self.s.weight(g, &format!("{key}.bias"), &[out]);
-        let product = g.matmul(rows, &weight);
-        g.add(&product, &bias)
+        product(g, self.s, &name, expected, rows, Some(&bias))
     }
 
     fn transformer_block(&self, g: &mut Graph<'c>, key: &str, x: &Value) -> Value {
