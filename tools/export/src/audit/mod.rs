@@ -50,6 +50,7 @@ mod tests;
 use choice::{beyond_range, candidates, half_weights};
 pub use islands::Islands;
 use probes::{Chain, Inputs};
+use range::Order;
 use record::{Quality, label, quality, record};
 pub use shipped::{RewriteError, emulated};
 pub use widen::{Rounding, widen};
@@ -58,6 +59,8 @@ pub use widen::{Rounding, widen};
 pub const HEADROOM: f32 = 8.0;
 /// Longest side of latents while networks are looked at.
 pub const MAX_LATENT: u64 = 32;
+/// Values of a network that may all be kept while it is looked at, at batch 1.
+const MAX_KEPT_BYTES: u64 = 256 << 20;
 /// Runs that the search for a small set of nodes may take.
 const BUDGET: usize = 64;
 /// Threads of the audit's runs; part of what makes its figures repeatable.
@@ -289,9 +292,14 @@ impl<'c> Auditor<'c> {
         let vocabulary = |input: &str| reference::rows_read_by(proto, input);
         let values = self.chain.inputs(place, &inputs, &vocabulary);
         widen(proto, Rounding::None);
-        let probed = range::probe(proto);
+        let order = if graph.made_bytes() > MAX_KEPT_BYTES {
+            Order::Forced
+        } else {
+            Order::Free
+        };
+        let probed = range::probe(proto, order);
         let mut spec = spec(place, inputs, outputs);
-        spec.outputs.push(probed.spec());
+        spec.outputs.extend(probed.specs());
         let mut outputs = self.run(place, &spec, &model, &values)?.0;
         let found = probed.take(&mut outputs);
         let typed = typed.graph.as_ref();

@@ -1,11 +1,12 @@
 //! The largest magnitude of every value of a network, found while it runs.
 //!
 //! Each operator that makes new numbers gets two reductions over its result, the largest magnitude
-//! and a sum that is no number where one of its terms is none, all gathered in one vector. Left to
-//! itself ONNX Runtime puts the reductions off to the end and keeps every value till then. So whoever
-//! reads a value reads it through a Reshape to its own shape, to which a zero made from its sum was
-//! added: the reductions come first, nothing is copied, and the run takes no more memory than the
-//! network does.
+//! and a sum that is no number where one of its terms is none. Left to itself ONNX Runtime puts the
+//! reductions off to the end and keeps every value till then, which is the quickest for small
+//! networks ([`Order::Free`]). In large ones whoever reads a value reads it through a Reshape to its
+//! own shape, to which a zero made from its sum was added ([`Order::Forced`]): the reductions come
+//! first, nothing is copied, and the run takes no more memory than the network does; opening the
+//! graph takes longer.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -21,15 +22,25 @@ use crate::onnx::{
 /// Output of largest magnitude and sum in turn, `[2 * value]`.
 const PROBES: &str = "audit/probes";
 
-/// Values that are probed, in the order of both outputs.
+/// When the reductions run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// When the runtime likes: all values may be kept till the end.
+    Free,
+    /// Before anybody reads the value.
+    Forced,
+}
+
+/// Values that are probed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Probed {
     /// Names.
     pub(super) values: Vec<String>,
+    order: Order,
 }
 
 /// Adds the reductions to an fp32 graph.
-pub(super) fn probe(graph: &mut GraphProto) -> Probed {
+pub(super) fn probe(graph: &mut GraphProto, order: Order) -> Probed {
     let types = Types::of(graph, &std::collections::BTreeSet::new());
     let stored: Vec<&str> = graph
         .initializer
@@ -38,7 +49,10 @@ pub(super) fn probe(graph: &mut GraphProto) -> Probed {
         .collect();
     let weights: std::collections::HashSet<&str> = stored.into_iter().collect();
     let (one, none) = ("audit/one", "audit/none");
-    let mut probed = Probed { values: Vec::new() };
+    let mut probed = Probed {
+        values: Vec::new(),
+        order,
+    };
     let mut nodes = Vec::with_capacity(graph.node.len() * 8);
     let mut gathered = Vec::new();
     for mut node in std::mem::take(&mut graph.node) {
@@ -50,7 +64,9 @@ pub(super) fn probe(graph: &mut GraphProto) -> Probed {
                 continue;
             }
             let name = output.clone();
-            *output = format!("{name}/made");
+            if order == Order::Forced {
+                *output = format!("{name}/made");
+            }
             let at = |part: &str| format!("{name}/{part}");
             let reduction = |op: &str, from: &str, to: &str| NodeProto {
                 attribute: vec![AttributeProto::int("keepdims", 0)],
@@ -60,6 +76,14 @@ pub(super) fn probe(graph: &mut GraphProto) -> Probed {
                 plain("Abs", &[output], &at("magnitudes")),
                 reduction("ReduceMax", &at("magnitudes"), &at("largest")),
                 reduction("ReduceSum", output, &at("sum")),
+            ]);
+            probed.values.push(name.clone());
+            if order == Order::Free {
+                graph.output.push(tensor(&at("largest"), Vec::new()));
+                graph.output.push(tensor(&at("sum"), Vec::new()));
+                continue;
+            }
+            after.extend([
                 plain("Reshape", &[&at("largest"), one], &at("largest_row")),
                 plain("Reshape", &[&at("sum"), one], &at("sum_row")),
                 plain("Concat", &[&at("largest_row"), &at("sum_row")], &at("both")),
@@ -75,10 +99,13 @@ pub(super) fn probe(graph: &mut GraphProto) -> Probed {
                 plain("Reshape", &[output, &at("same_shape")], &name),
             ]);
             gathered.push(at("both"));
-            probed.values.push(name);
         }
         nodes.push(node);
         nodes.extend(after);
+    }
+    if order == Order::Free {
+        graph.node = nodes;
+        return probed;
     }
     let rows: Vec<&str> = gathered.iter().map(String::as_str).collect();
     nodes.push(plain("Concat", &rows, PROBES));
@@ -87,7 +114,11 @@ pub(super) fn probe(graph: &mut GraphProto) -> Probed {
             node.attribute = vec![AttributeProto::int("axis", 0)];
         }
     }
-    graph.output.push(row_of(PROBES, 2 * rows.len()));
+    let len = DimensionProto {
+        dim_value: i64::try_from(2 * rows.len()).ok(),
+        dim_param: None,
+    };
+    graph.output.push(tensor(PROBES, vec![len]));
     for (name, value) in [(one, 1_i64), (none, 0)] {
         graph.initializer.push(TensorProto {
             dims: vec![1],
@@ -111,36 +142,45 @@ fn plain(op: &str, inputs: &[&str], output: &str) -> NodeProto {
     }
 }
 
-fn row_of(name: &str, len: usize) -> ValueInfoProto {
-    let dim = DimensionProto {
-        dim_value: i64::try_from(len).ok(),
-        dim_param: None,
-    };
+fn tensor(name: &str, dim: Vec<DimensionProto>) -> ValueInfoProto {
     ValueInfoProto {
         name: name.into(),
         r#type: Some(TypeProto {
             tensor_type: Some(TensorTypeProto {
                 elem_type: element::FLOAT,
-                shape: Some(TensorShapeProto { dim: vec![dim] }),
+                shape: Some(TensorShapeProto { dim }),
             }),
         }),
     }
 }
 
 impl Probed {
-    /// What the added output is to those who call the graph.
-    pub(super) fn spec(&self) -> TensorSpec {
-        TensorSpec {
-            name: PROBES.into(),
+    /// What the added outputs are to those who call the graph.
+    pub(super) fn specs(&self) -> Vec<TensorSpec> {
+        let spec = |name: String, shape: Vec<Dim>| TensorSpec {
+            name,
             dtype: DType::F32,
-            shape: vec![Dim::Fixed(2 * self.values.len() as u64)],
+            shape,
+        };
+        match self.order {
+            Order::Forced => {
+                let len = Dim::Fixed(2 * self.values.len() as u64);
+                vec![spec(PROBES.into(), vec![len])]
+            }
+            Order::Free => {
+                let parts = ["largest", "sum"];
+                let of = |value: &String| parts.map(|part| spec(format!("{value}/{part}"), vec![]));
+                self.values.iter().flat_map(of).collect()
+            }
         }
     }
 
-    /// Takes the added output from a call's results.
+    /// Takes the added outputs from a call's results.
     pub(super) fn take(&self, outputs: &mut BTreeMap<String, ArrayD<f32>>) -> Vec<Magnitude> {
-        let row = outputs.remove(PROBES).unwrap_or_default();
-        let numbers: Vec<f32> = row.iter().copied().collect();
+        let mut numbers: Vec<f32> = Vec::new();
+        for spec in self.specs() {
+            numbers.extend(outputs.remove(&spec.name).unwrap_or_default());
+        }
         let pairs = numbers.chunks_exact(2).zip(&self.values);
         pairs
             .map(|(pair, value)| Magnitude {

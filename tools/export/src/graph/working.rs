@@ -17,6 +17,12 @@ pub(super) fn len_bytes(value: &Value) -> u64 {
 }
 
 impl Graph<'_> {
+    /// Bytes of all values that nodes make at batch 1, as if none were dropped.
+    #[must_use]
+    pub fn made_bytes(&self) -> u64 {
+        self.node_bytes.iter().sum()
+    }
+
     /// Bytes of the values alive at once at batch 1, inputs included, weights not: nodes run in
     /// order and a value is dropped after its last use. Buffers that operators use inside come on top.
     #[must_use]
