@@ -300,7 +300,7 @@ impl<'c> Auditor<'c> {
         let probed = range::probe(proto, order);
         let mut spec = spec(place, inputs, outputs);
         spec.outputs.extend(probed.specs());
-        let mut outputs = self.run(place, &spec, &model, &values)?.0;
+        let mut outputs = self.run(place, &spec, &model, &values)?.outputs;
         let found = probed.take(&mut outputs);
         let typed = typed.graph.as_ref();
         let mut largest = BTreeMap::new();
@@ -348,12 +348,12 @@ impl<'c> Auditor<'c> {
         widen(proto, Rounding::Half);
         let (inputs, outputs) = graph.specs();
         let spec = spec(place, inputs, outputs);
-        let (outputs, milliseconds, memory) = self.run(place, &spec, &model, &reference.inputs)?;
+        let called = self.run(place, &spec, &model, &reference.inputs)?;
         let range = self.picture_range(place);
         Ok(Run {
-            quality: quality(&outputs, &reference.outputs, range),
-            milliseconds,
-            memory,
+            quality: quality(&called.outputs, &reference.outputs, range),
+            milliseconds: called.milliseconds,
+            memory: called.memory,
         })
     }
 
@@ -363,7 +363,7 @@ impl<'c> Auditor<'c> {
         spec: &StageSpec,
         model: &ModelProto,
         inputs: &Inputs,
-    ) -> Result<(BTreeMap<String, ArrayD<f32>>, f64, memory::Resident), AuditError> {
+    ) -> Result<Called, AuditError> {
         let failed = |source| AuditError::Stage {
             stage: place.label(),
             source,
@@ -379,7 +379,11 @@ impl<'c> Auditor<'c> {
         let clock = Instant::now();
         let outputs = stage.run_unchecked(&feed).map_err(failed)?;
         let milliseconds = clock.elapsed().as_secs_f64() * 1e3;
-        Ok((outputs, milliseconds, watch.stop()))
+        Ok(Called {
+            outputs,
+            milliseconds,
+            memory: watch.stop(),
+        })
     }
 
     /// How a network's output becomes a picture of 0..1; `None` for other networks.
@@ -400,6 +404,14 @@ impl<'c> Auditor<'c> {
     }
 }
 
+/// What one call of a network gave.
+struct Called {
+    outputs: BTreeMap<String, ArrayD<f32>>,
+    milliseconds: f64,
+    memory: memory::Resident,
+}
+
+/// How the rounded graph compares with the fp32 one.
 struct Run {
     quality: Quality,
     milliseconds: f64,
