@@ -252,16 +252,14 @@ impl<'s> Daemon<'s> {
         whole.filter(|(_, note)| note.is_file()).collect()
     }
 
-    /// Waits until trials 1 to `trials` of run 1 are whole on record; a picture is shown before.
+    /// Waits until trials 1 to `trials` of run 1, and perhaps later ones, are whole on record; a
+    /// picture is shown before.
     #[track_caller]
     pub fn wait_for_notes(&mut self, trials: u32) {
-        let all: Vec<u32> = (1..=trials).collect();
         self.wait(&format!("the record of {trials} trials"), |daemon| {
-            let recorded = daemon.recorded();
-            recorded
-                .iter()
-                .map(|(trial, _)| *trial)
-                .eq(all.iter().copied())
+            let recorded: Vec<u32> = daemon.recorded().iter().map(|(trial, _)| *trial).collect();
+            (1..=trials)
+                .all(|trial| recorded.contains(&trial))
                 .then_some(())
         });
     }

@@ -1,12 +1,12 @@
 //! fp16 that cannot lie: every network of an fp16 bundle is run before the bundle is written.
 //!
-//! 1. The fp32 graph runs on probe inputs ([`probes`]), with the checkpoint's own numbers; the largest
-//!    magnitude of every intermediate is recorded ([`range`]). A value that is no number stops the
+//! 1. The fp32 graph runs on probe inputs (`probes`), with the checkpoint's own numbers; the largest
+//!    magnitude of every intermediate is recorded (`range`). A value that is no number stops the
 //!    export.
 //! 2. Whatever comes within a factor of [`HEADROOM`] of fp16's largest number is kept in fp32, with
-//!    those who read it ([`islands`]).
-//! 3. The graph that will be written runs with every intermediate rounded to fp16 ([`widen`]); where
-//!    that is too far from fp32, a small set of nodes that mends it is searched for ([`search`]).
+//!    those who read it (`islands`).
+//! 3. The graph that will be written runs with every intermediate rounded to fp16 ([`widen()`]); where
+//!    that is too far from fp32, a small set of nodes that mends it is searched for (`search`).
 //!
 //! Latents are at most [`MAX_LATENT`] long on a side here: what networks do to numbers does not depend
 //! on the size of the picture, and memory and time do. Weights are mapped from files; those that fp16

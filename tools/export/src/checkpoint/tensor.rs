@@ -91,7 +91,7 @@ impl Entry {
 /// Some of a tensor's numbers, in order.
 #[derive(Clone, Copy, Debug)]
 pub enum Chunk<'a> {
-    /// As they lie in the file: whole numbers, little-endian, for [`super::convert`].
+    /// As they lie in the file: whole numbers, little-endian, for `super::convert`.
     Stored(TensorDType, &'a [u8]),
     /// Gathered from a strided view, or changed by a LoRA.
     Values(&'a [f32]),
