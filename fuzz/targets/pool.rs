@@ -24,7 +24,7 @@ fn put_right(bytes: &mut [u8]) -> Option<()> {
     let len = u64::from_le_bytes(*bytes.get(40..48)?.first_chunk()?);
     let end = usize::try_from(len).ok()?.checked_add(4096)?;
     let mut hasher = Sha256::new();
-    hasher.update(&bytes[..96]);
+    hasher.update(bytes.get(..96)?);
     hasher.update(bytes.get(4096..end)?);
     bytes.get_mut(96..128)?.copy_from_slice(&hasher.finalize());
     Some(())

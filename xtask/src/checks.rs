@@ -46,7 +46,7 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
 }
 
 /// Seconds that every fuzz target runs in a check: enough for the seeds and what mutations find at once.
-const FUZZ_SECONDS: u32 = 8;
+const FUZZ_SECONDS: u32 = 5;
 
 /// Every fuzz target for a moment, where a nightly toolchain and `cargo-fuzz` are installed.
 fn fuzzing() -> Result<(), fuzz::FuzzError> {
