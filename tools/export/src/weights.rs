@@ -63,7 +63,8 @@ pub fn beyond(weight: &Weight<'_>, value: f32, index: u64) -> Problem {
     let (file, key) = origin(weight);
     let limit = f16::MAX;
     let message = format!(
-        "expected at most {limit} in fp16, found {value} at flat index {index}; export this bundle in fp32, or with the audit"
+        "expected at most {limit} in fp16, found {value} at flat index {index}; export this bundle in fp32, or with the audit{}",
+        merged(weight)
     );
     Problem { file, key, message }
 }

@@ -29,6 +29,11 @@ const MAX_RESIDENT_MIB: u32 = 512;
 const MAX_ALLOCATION_MIB: u32 = 64;
 /// Time for one input.
 const MAX_INPUT_SECONDS: u32 = 5;
+/// Inputs of each target in a check, and the most time they may take on a slow machine.
+const BRIEF_RUNS: u32 = 2_000;
+const BRIEF_SECONDS: u32 = 20;
+/// What a check keeps, apart from what longer runs found.
+const BRIEF_CORPUS: &str = "brief";
 /// Longest input.
 const MAX_INPUT_BYTES: u32 = 32_768;
 
@@ -84,15 +89,32 @@ pub(crate) fn run(request: &Request) -> Result<(), FuzzError> {
     } else {
         named.as_slice()
     };
-    each(targets, &format!("-max_total_time={}", request.seconds))
+    let until = [format!("-max_total_time={}", request.seconds)];
+    each(targets, "corpus", &until)
 }
 
-/// The same for every target and a number of seconds.
-pub(crate) fn briefly(seconds: u32) -> Result<(), FuzzError> {
-    each(TARGETS, &format!("-max_total_time={seconds}"))
+/// Every target from its seeds alone, with the same mutations each time: a check that passed passes
+/// again. What is new is looked for by [`run`].
+pub(crate) fn briefly() -> Result<(), FuzzError> {
+    let brief = workspace::target_dir().join("fuzz").join(BRIEF_CORPUS);
+    match fs::remove_dir_all(&brief) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            return Err(FuzzError::Write {
+                path: brief,
+                source,
+            });
+        }
+        _ => {}
+    }
+    let until = [
+        "-seed=1".into(),
+        format!("-runs={BRIEF_RUNS}"),
+        format!("-max_total_time={BRIEF_SECONDS}"),
+    ];
+    each(TARGETS, BRIEF_CORPUS, &until)
 }
 
-fn each(targets: &[&str], until: &str) -> Result<(), FuzzError> {
+fn each(targets: &[&str], corpora: &str, until: &[String]) -> Result<(), FuzzError> {
     if !present() {
         return Err(FuzzError::NotInstalled);
     }
@@ -103,7 +125,7 @@ fn each(targets: &[&str], until: &str) -> Result<(), FuzzError> {
     workspace::run(&mut build)?;
     let programs = home.join(host()?).join("release");
     for target in targets {
-        let corpus = home.join("corpus").join(target);
+        let corpus = home.join(corpora).join(target);
         seeds::write_all(target, &corpus)?;
         let artifacts = home.join("artifacts").join(target);
         fs::create_dir_all(&artifacts).map_err(|source| FuzzError::Write {
@@ -117,7 +139,7 @@ fn each(targets: &[&str], until: &str) -> Result<(), FuzzError> {
             .arg(format!("-malloc_limit_mb={MAX_ALLOCATION_MIB}"))
             .arg(format!("-timeout={MAX_INPUT_SECONDS}"))
             .arg(format!("-max_len={MAX_INPUT_BYTES}"))
-            .arg(until)
+            .args(until)
             // Freed memory is held back for the sanitizer; with its usual 256 MiB it would look like ours.
             .env("ASAN_OPTIONS", "quarantine_size_mb=16:detect_leaks=0");
         println!("fuzz: {}", workspace::spelled(&run));
