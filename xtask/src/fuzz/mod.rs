@@ -46,6 +46,9 @@ pub(crate) struct Request {
     /// Seconds for each target.
     #[arg(long, default_value_t = 60)]
     seconds: u32,
+    /// What `cargo xtask test` does: every target from its seeds, the same mutations each time.
+    #[arg(long, conflicts_with_all = ["targets", "seconds"])]
+    brief: bool,
 }
 
 /// Why fuzzing cannot begin, or what it found.
@@ -83,6 +86,9 @@ pub(crate) fn present() -> bool {
 
 /// Builds all targets and runs the requested ones, one after the other.
 pub(crate) fn run(request: &Request) -> Result<(), FuzzError> {
+    if request.brief {
+        return briefly();
+    }
     let named: Vec<&str> = request.targets.iter().map(String::as_str).collect();
     let targets = if named.is_empty() {
         TARGETS
