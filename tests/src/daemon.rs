@@ -21,6 +21,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const STOP_WITHIN: Duration = Duration::from_secs(10);
 /// How long one page may take.
 const PAGE_WITHIN: Duration = Duration::from_secs(10);
+/// What the sentence about a pause of the scanner holds.
+const STALL: &str = "no volume for";
 const LOG_TAIL_LINES: usize = 60;
 
 /// An answer of the pages.
@@ -242,11 +244,16 @@ impl<'s> Daemon<'s> {
         });
     }
 
-    /// Trials of run 1 whose record is whole, with the file that says so.
+    /// Trials of run 1 whose early picture is whole on record, with the file that says so.
     pub fn recorded(&self) -> Vec<(u32, PathBuf)> {
+        self.recorded_as("fast")
+    }
+
+    /// Trials of run 1 whose picture of a decode time (`fast`, `slow`, `end`) is whole on record.
+    pub fn recorded_as(&self, tier: &str) -> Vec<(u32, PathBuf)> {
         let pictures = self.site.session().join("pictures");
         let whole = (1..=999).map(|trial| {
-            let note = format!("run001-trial{trial:03}.json");
+            let note = format!("run001-trial{trial:03}-{tier}.json");
             (trial, pictures.join(note))
         });
         whole.filter(|(_, note)| note.is_file()).collect()
@@ -264,9 +271,25 @@ impl<'s> Daemon<'s> {
         });
     }
 
-    /// The texts of the faults on the board.
+    /// The texts of the faults on the board, but for pauses of the scanner: a busy machine pauses by
+    /// itself, and [`Daemon::stalls`] has them.
     #[track_caller]
     pub fn faults(&self) -> Vec<String> {
+        let mut faults = self.all_faults();
+        faults.retain(|fault| !fault.contains(STALL));
+        faults
+    }
+
+    /// The texts about pauses of the scanner.
+    #[track_caller]
+    pub fn stalls(&self) -> Vec<String> {
+        let mut faults = self.all_faults();
+        faults.retain(|fault| fault.contains(STALL));
+        faults
+    }
+
+    #[track_caller]
+    fn all_faults(&self) -> Vec<String> {
         let board = self.board();
         let faults = board["faults"].as_array().unwrap();
         faults

@@ -353,6 +353,38 @@ fn a_trial_with_too_many_lost_volumes_is_skipped_by_name_and_the_others_are_not(
 }
 
 #[test]
+fn a_scanner_that_stalls_is_named_once_with_the_last_hop_seen() {
+    let _turn = one_at_a_time();
+    let site = Site::of_phantom(signed(), phantom());
+    let mut daemon = Daemon::start(&site);
+    let mut scanner = Scanner::new(&site.scanner_folder());
+    let files = &phantom().files;
+    scanner.send_all(&files[..20]);
+    let stopped = Instant::now();
+    let stalls = daemon.wait("the stall to be said", |daemon| {
+        Some(daemon.stalls()).filter(|stalls| !stalls.is_empty())
+    });
+    println!(
+        "said {:?} after the last volume: {stalls:?}",
+        stopped.elapsed()
+    );
+    daemon.check(
+        stalls[0].contains("after number 20") && stalls[0].contains("no file comes"),
+        &format!("{stalls:?}"),
+    );
+    std::thread::sleep(Duration::from_secs(2));
+    daemon.check(daemon.stalls().len() == 1, "one pause was said twice");
+    scanner.send_all(&files[20..]);
+    daemon.wait_for_trials(TRIALS);
+    // Once every trial has its volumes, none is missed.
+    daemon.check(
+        daemon.faults().is_empty(),
+        "a pause costs nothing, yet there are faults",
+    );
+    daemon.stop();
+}
+
+#[test]
 fn an_aborted_run_that_starts_again_is_a_new_run() {
     let _turn = one_at_a_time();
     let site = Site::of_phantom(signed(), phantom());
@@ -391,7 +423,7 @@ fn an_aborted_run_that_starts_again_is_a_new_run() {
 /// When each whole trial of run 1 was last written.
 fn written(daemon: &Daemon<'_>) -> BTreeMap<u32, Vec<(PathBuf, SystemTime)>> {
     let times = |(trial, note): (u32, PathBuf)| {
-        let begin = format!("run001-trial{trial:03}");
+        let begin = format!("run001-trial{trial:03}-fast");
         let mut files: Vec<(PathBuf, SystemTime)> = fs::read_dir(note.parent().unwrap())
             .unwrap()
             .map(|entry| entry.unwrap().path())

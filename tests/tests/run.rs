@@ -7,7 +7,8 @@ use system_tests::daemon::{Daemon, PATIENCE};
 use system_tests::material::{TRIALS, phantom, signed};
 use system_tests::numbers;
 use system_tests::one_at_a_time;
-use system_tests::program::command;
+use system_tests::program::{command, run};
+use system_tests::scanner::Scanner;
 use system_tests::site::Site;
 
 /// Of true and estimated betas; the phantom's noise leaves about 0.8.
@@ -66,13 +67,14 @@ fn a_simulated_run_shows_every_trial_and_ends_cleanly() {
             let shown = daemon.get(picture["url"].as_str().unwrap());
             assert!(shown.body.starts_with(b"\x89PNG"), "{}", shown.head);
             let name = format!(
-                "run001-trial{number:03}-{}.png",
+                "run001-trial{number:03}-{}-{}.png",
+                picture["tier"].as_str().unwrap(),
                 picture["kind"].as_str().unwrap()
             );
             let recorded = std::fs::read(session.join("pictures").join(name)).unwrap();
             assert_eq!(shown.body, recorded);
         }
-        let note = format!("pictures/run001-trial{number:03}.json");
+        let note = format!("pictures/run001-trial{number:03}-fast.json");
         let note: Value =
             serde_json::from_slice(&std::fs::read(session.join(note)).unwrap()).unwrap();
         assert_eq!(note["random_weights"], true);
@@ -88,11 +90,77 @@ fn a_simulated_run_shows_every_trial_and_ends_cleanly() {
     assert!(ended.as_u64().unwrap() > began.as_u64().unwrap(), "{file}");
     assert!(!site.state().join("current").exists());
 
-    let found = numbers::read(&session.join("runs/001/betas.npy"));
+    let found = numbers::read(&session.join("runs/001/fast-betas.npy"));
     let truth = numbers::read(&phantom.site.join("true_betas.npy"));
     let correlation = numbers::mean_correlation(&found, &truth, UNCERTAIN_TRIALS);
     println!("simulated run: betas and truth correlate by {correlation:.3}");
     assert!(correlation > LEAST_CORRELATION, "{correlation}");
+}
+
+#[test]
+fn a_run_is_decoded_again_at_its_end_and_replays_byte_for_byte() {
+    let _turn = one_at_a_time();
+    let site = Site::of_phantom(signed(), phantom());
+    let mut daemon = Daemon::start(&site);
+    Scanner::new(&site.scanner_folder()).send_all(&phantom().files);
+    let all: Vec<u32> = (1..=TRIALS).collect();
+    daemon.wait("every trial's last picture on record", |daemon| {
+        let recorded = daemon.recorded_as("end");
+        let recorded: Vec<u32> = recorded.iter().map(|(trial, _)| *trial).collect();
+        (recorded == all).then_some(())
+    });
+    assert!(!daemon.recorded_as("slow").is_empty());
+    daemon.stop();
+
+    let session = site.session();
+    let arrays = |tier: &str| numbers::read(&session.join(format!("runs/001/{tier}-betas.npy")));
+    let truth = numbers::read(&phantom().site.join("true_betas.npy"));
+    let [early, late] =
+        ["fast", "end"].map(|tier| numbers::mean_correlation(&arrays(tier), &truth, 0));
+    println!("betas and truth correlate by {early:.3} early and {late:.3} at the end");
+    assert!(late > early, "{late} is not better than {early}");
+
+    let again = tempfile::tempdir().unwrap();
+    let made = signed();
+    let replay = |session: &std::path::Path| {
+        run(
+            "afterimage",
+            &[
+                &"replay",
+                &session,
+                &"--bundle",
+                &made.bundle,
+                &"--key",
+                &made.keys.public,
+                &"--out",
+                &again.path(),
+                &"--threads",
+                &"1",
+            ],
+        )
+    };
+    let ended = replay(&session);
+    ended.succeeded();
+    println!("{}", ended.stdout);
+    assert!(ended.stdout.contains("0 skipped") && !ended.stdout.contains("differs"));
+    let name = "pictures/run001-trial003-end-unrefined.png";
+    let recorded = std::fs::read(session.join(name)).unwrap();
+    assert_eq!(recorded, std::fs::read(again.path().join(name)).unwrap());
+
+    // A record that was changed is found.
+    let mut changed = recorded;
+    let last = changed.len() - 20;
+    changed[last] ^= 1;
+    std::fs::write(session.join(name), changed).unwrap();
+    let ended = replay(&session);
+    ended.refused(1, &[]);
+    assert!(
+        ended
+            .stdout
+            .contains("differs: run 1, trial 3, end: another unrefined picture"),
+        "{}",
+        ended.stdout
+    );
 }
 
 #[test]

@@ -87,7 +87,7 @@ fn a_real_session_is_recovered_and_names_no_patient() {
     daemon.stop();
 
     let session = site.session();
-    let found = numbers::read(&session.join("runs/001/betas.npy"));
+    let found = numbers::read(&session.join("runs/001/fast-betas.npy"));
     let truth = numbers::read(&shared.join("true_betas.npy"));
     let correlation = numbers::mean_correlation(&found, &truth, 0);
     println!("real session: betas and truth correlate by {correlation:.3}");

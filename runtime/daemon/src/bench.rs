@@ -32,7 +32,7 @@ const KEY: NoiseKey = NoiseKey {
     session_seed: 0,
     run: 1,
     trial: 1,
-    tier: Tier::Final,
+    tier: Tier::End,
 };
 
 /// What to measure, and how often.

@@ -12,13 +12,13 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bundle::PublicKey;
-use decoder::{Decoder, Fidelity, NoiseKey, Picture, Progress, Runtime, Tier, Timings};
+use decoder::{Decoder, Fidelity, NoiseKey, Picture, Progress, Runtime, Timings};
 use display::png;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use wire::{
     CaptionMessage, FromAcquire, FromDecode, PictureKind, PictureMessage, RoleName, SessionMessage,
-    TrialMessage,
+    Tier, TrialMessage,
 };
 
 use crate::link::{Heard, Keep, Publisher, subscribe, trial_key};
@@ -36,16 +36,18 @@ const MAX_WAITING: usize = 256;
 
 /// What lies beside a picture.
 #[derive(Debug, Serialize, Deserialize)]
-struct PictureFile {
+pub(crate) struct PictureFile {
     run: u32,
     trial: u32,
+    tier: Tier,
     subject: String,
-    fidelity: Fidelity,
+    pub(crate) fidelity: Fidelity,
     steps: u32,
     refiner_steps: u32,
     caption: Option<String>,
     noise: NoiseKey,
-    bundle: String,
+    /// Its digest.
+    pub(crate) bundle: String,
     random_weights: bool,
     stimulus_at_ms: Option<u64>,
     decoded_at_ms: u64,
@@ -59,7 +61,37 @@ struct PictureFile {
 struct Waiting {
     session: Option<SessionMessage>,
     trials: VecDeque<TrialMessage>,
-    dropped: Vec<(u32, u32)>,
+    dropped: Vec<(u32, u32, Tier)>,
+}
+
+impl Waiting {
+    /// Takes a trial in; where too many wait, the oldest of the latest tier is given up: the early
+    /// picture is what somebody waits for.
+    fn push(&mut self, trial: TrialMessage) {
+        self.trials.push_back(trial);
+        if self.trials.len() <= MAX_WAITING {
+            return;
+        }
+        let latest = self.trials.iter().map(|trial| trial.tier).max();
+        let oldest = self
+            .trials
+            .iter()
+            .position(|trial| Some(trial.tier) == latest);
+        if let Some(given_up) = oldest.and_then(|place| self.trials.remove(place)) {
+            self.dropped
+                .push((given_up.run, given_up.trial, given_up.tier));
+        }
+    }
+
+    /// The trial to decode next: the oldest of the earliest tier.
+    fn pop(&mut self) -> Option<TrialMessage> {
+        let earliest = self.trials.iter().map(|trial| trial.tier).min()?;
+        let place = self
+            .trials
+            .iter()
+            .position(|trial| trial.tier == earliest)?;
+        self.trials.remove(place)
+    }
 }
 
 type Inbox = Arc<(Mutex<Waiting>, Condvar)>;
@@ -120,7 +152,8 @@ pub(crate) fn main(settings: &Settings, stop: &Arc<AtomicBool>) -> Result<(), Ro
     Ok(())
 }
 
-fn fidelity_name(fidelity: Fidelity) -> &'static str {
+/// The name in messages and notes.
+pub(crate) fn fidelity_name(fidelity: Fidelity) -> &'static str {
     match fidelity {
         Fidelity::Reference => "reference",
         Fidelity::Edge => "edge",
@@ -145,12 +178,7 @@ fn listen(settings: &Settings, inbox: &Inbox, stop: &Arc<AtomicBool>) -> Result<
                     waiting.session = Some(session);
                 }
                 Heard::Message(FromAcquire::Trial(trial)) => {
-                    waiting.trials.push_back(trial);
-                    if waiting.trials.len() > MAX_WAITING
-                        && let Some(oldest) = waiting.trials.pop_front()
-                    {
-                        waiting.dropped.push((oldest.run, oldest.trial));
-                    }
+                    waiting.push(trial);
                     woken.notify_one();
                 }
                 _ => {}
@@ -178,17 +206,13 @@ fn work(
                 .unwrap_or_else(PoisonError::into_inner);
             let dropped = std::mem::take(&mut guard.dropped);
             let session = guard.session.clone();
-            let trial = if session.is_some() {
-                guard.trials.pop_front()
-            } else {
-                None
-            };
+            let trial = if session.is_some() { guard.pop() } else { None };
             (session, trial, dropped)
         };
-        for (run, trial) in dropped {
+        for (run, trial, tier) in dropped {
             fault(
                 publisher,
-                format!("Run {run}: trial {trial} was not decoded, the box is behind"),
+                format!("Run {run}: trial {trial} was not decoded ({tier}), the box is behind"),
             );
         }
         let (Some(session), Some(trial)) = (session, trial) else {
@@ -252,7 +276,8 @@ impl Model {
         trial: &TrialMessage,
         publisher: &Publisher,
     ) -> Result<(), Undecoded> {
-        let span = tracing::info_span!("trial.decode", run = trial.run, trial = trial.trial);
+        let (run, number, tier) = (trial.run, trial.trial, trial.tier);
+        let span = tracing::info_span!("trial.decode", run, trial = number, %tier);
         let _entered = span.enter();
         let started = Instant::now();
         // Where it cannot be created, nothing is recorded, and that is said below.
@@ -270,7 +295,7 @@ impl Model {
                     let path = picture_path(folder, trial, kind);
                     // A full disk stops the recording and not the display.
                     let kept = record::write_whole(&path, &message.png);
-                    let key = trial_key(trial.run, trial.trial, part(kind));
+                    let key = trial_key(trial.run, trial.trial, trial.tier, part(kind));
                     publisher.publish(&FromDecode::Picture(message), Keep::Under(key));
                     failed = failed.take().or(kept.err().map(|error| chain(&error)));
                 }
@@ -299,12 +324,13 @@ impl Model {
         let file = PictureFile {
             run: trial.run,
             trial: trial.trial,
+            tier: trial.tier,
             subject: self.subject.clone(),
             fidelity: self.decoder.fidelity(),
             steps: u32::try_from(reconstruction.steps).unwrap_or(u32::MAX),
             refiner_steps: u32::try_from(reconstruction.refiner_steps).unwrap_or(u32::MAX),
             caption: reconstruction.caption,
-            noise: noise_key(session, trial),
+            noise: pipeline::noise_key(session.seed, trial),
             bundle: self.digest.clone(),
             random_weights: self.random_weights,
             stimulus_at_ms: trial.stimulus_at_ms,
@@ -314,7 +340,7 @@ impl Model {
             software: env!("CARGO_PKG_VERSION").into(),
         };
         // Last: a trial with this file is whole.
-        record::write_json(&base(folder, trial).with_extension("json"), &file)
+        record::write_json(&note_path(folder, trial), &file)
             .map_err(|error| Undecoded::Unrecorded(chain(&error)))?;
         tracing::info!(
             took_ms = started.elapsed().as_secs_f64() * 1e3,
@@ -335,13 +361,14 @@ impl Model {
         let png = encode(
             picture,
             &self.digest,
-            noise_key(session, trial),
+            pipeline::noise_key(session.seed, trial),
             self.random_weights,
         )?;
         Ok(PictureMessage {
             session: session.id.clone(),
             run: trial.run,
             trial: trial.trial,
+            tier: trial.tier,
             kind,
             width: picture.width,
             height: picture.height,
@@ -362,15 +389,13 @@ impl Model {
         hash: &str,
         publisher: &Publisher,
     ) -> bool {
-        let file: PictureFile = match record::read_json(&base(folder, trial).with_extension("json"))
-        {
-            Ok(file) => file,
-            Err(_) => return false,
+        let Some(file) = read_note(folder, trial) else {
+            return false;
         };
         let same = file.zbetas_sha256 == hash
             && file.bundle == self.digest
             && file.fidelity == self.decoder.fidelity()
-            && file.noise == noise_key(session, trial);
+            && file.noise == pipeline::noise_key(session.seed, trial);
         if !same {
             return false;
         }
@@ -385,6 +410,7 @@ impl Model {
                 session: session.id.clone(),
                 run: trial.run,
                 trial: trial.trial,
+                tier: trial.tier,
                 kind,
                 width,
                 height,
@@ -397,7 +423,7 @@ impl Model {
                     _ => file.steps,
                 },
             };
-            let key = trial_key(trial.run, trial.trial, part(kind));
+            let key = trial_key(trial.run, trial.trial, trial.tier, part(kind));
             publisher.publish(&FromDecode::Picture(message), Keep::Under(key));
         }
         if let Some(text) = &file.caption {
@@ -423,19 +449,11 @@ fn tell_caption(session: &SessionMessage, trial: &TrialMessage, text: &str, publ
         session: session.id.clone(),
         run: trial.run,
         trial: trial.trial,
+        tier: trial.tier,
         text: text.into(),
     };
-    let key = trial_key(trial.run, trial.trial, CAPTION_PART);
+    let key = trial_key(trial.run, trial.trial, trial.tier, CAPTION_PART);
     publisher.publish(&FromDecode::Caption(message), Keep::Under(key));
-}
-
-fn noise_key(session: &SessionMessage, trial: &TrialMessage) -> NoiseKey {
-    NoiseKey {
-        session_seed: session.seed,
-        run: trial.run,
-        trial: trial.trial,
-        tier: Tier::Fast,
-    }
 }
 
 /// A picture as PNG with what made it; equal inputs give equal bytes.
@@ -452,25 +470,33 @@ pub(crate) fn encode(
         ""
     };
     let comment = format!(
-        "AI-generated reconstruction; bundle {digest}; seed {}; run {}; trial {}{weights}",
-        key.session_seed, key.run, key.trial
+        "AI-generated reconstruction; bundle {digest}; seed {}; run {}; trial {}; {}{weights}",
+        key.session_seed,
+        key.run,
+        key.trial,
+        key.tier.as_str()
     );
     let text = [("Software", software), ("Comment", comment.as_str())];
     png::encode(picture.width, picture.height, &picture.rgb, &text)
 }
 
-fn base(folder: &Path, trial: &TrialMessage) -> PathBuf {
-    folder.join(format!("run{:03}-trial{:03}", trial.run, trial.trial))
+/// What a trial's files begin with.
+fn stem(trial: &TrialMessage) -> String {
+    format!("run{:03}-trial{:03}-{}", trial.run, trial.trial, trial.tier)
 }
 
-fn picture_path(folder: &Path, trial: &TrialMessage, kind: PictureKind) -> PathBuf {
-    let name = format!(
-        "run{:03}-trial{:03}-{}.png",
-        trial.run,
-        trial.trial,
-        kind.as_str()
-    );
-    folder.join(name)
+/// What lies beside a trial's recorded pictures; `None` where the trial is not whole on record.
+pub(crate) fn read_note(folder: &Path, trial: &TrialMessage) -> Option<PictureFile> {
+    record::read_json(&note_path(folder, trial)).ok()
+}
+
+fn note_path(folder: &Path, trial: &TrialMessage) -> PathBuf {
+    folder.join(format!("{}.json", stem(trial)))
+}
+
+/// Where a picture is recorded.
+pub(crate) fn picture_path(folder: &Path, trial: &TrialMessage, kind: PictureKind) -> PathBuf {
+    folder.join(format!("{}-{}.png", stem(trial), kind.as_str()))
 }
 
 /// SHA-256 of the betas as little-endian bytes, lower-case hex.

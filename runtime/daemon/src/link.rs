@@ -16,12 +16,12 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use wire::{FrameError, Hello, PROTOCOL, RoleName};
+use wire::{FrameError, Hello, PROTOCOL, RoleName, Tier};
 
 /// Most listeners of one socket.
 const MAX_LISTENERS: usize = 8;
 /// Most messages that are said again to a newcomer.
-const MAX_KEPT: usize = 512;
+const MAX_KEPT: usize = 4096;
 /// Most bytes of them.
 const MAX_KEPT_BYTES: usize = 256 << 20;
 const RETRY: Duration = Duration::from_millis(200);
@@ -39,9 +39,12 @@ pub(crate) enum Keep {
 /// The first key of messages about trials.
 const TRIAL_KEYS: u64 = 1 << 60;
 
-/// The key of a message about a trial.
-pub(crate) fn trial_key(run: u32, trial: u32, part: u8) -> u64 {
-    TRIAL_KEYS | (u64::from(run) << 40) | (u64::from(trial) << 8) | u64::from(part)
+/// The key of a message about a trial at one of its decode times.
+///
+/// - `part`: which message, below 16.
+pub(crate) fn trial_key(run: u32, trial: u32, tier: Tier, part: u8) -> u64 {
+    let last = (tier as u64) << 4 | u64::from(part & 0xf);
+    TRIAL_KEYS | (u64::from(run) << 40) | (u64::from(trial) << 8) | last
 }
 
 type Frame = Arc<Vec<u8>>;

@@ -13,6 +13,7 @@ mod parse;
 mod pipeline;
 mod reconstruct;
 mod record;
+mod replay;
 mod roles;
 mod settings;
 mod show;
@@ -49,6 +50,8 @@ enum Command {
     Simulate(simulate::Arguments),
     /// Decode recorded betas into PNG files, without a scanner
     Reconstruct(reconstruct::Arguments),
+    /// Run a recorded session again and compare: same betas to the bit, same pictures to the byte
+    Replay(replay::Arguments),
     /// Measure time and memory of every stage of a bundle on this machine
     Bench(bench::Arguments),
     /// One role as its own process; started by `run` or by systemd
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Command::Run { config } => supervise::main(config.as_deref()),
         Command::Simulate(arguments) => simulate::main(&arguments),
         Command::Reconstruct(arguments) => reconstruct::main(&arguments),
+        Command::Replay(arguments) => replay::main(&arguments),
         Command::Bench(arguments) => bench::main(&arguments),
         Command::Role {
             role,

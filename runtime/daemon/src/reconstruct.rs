@@ -172,7 +172,7 @@ fn reconstruct(arguments: &Arguments) -> Result<(), ReconstructError> {
             session_seed: arguments.seed,
             run: 1,
             trial,
-            tier: Tier::Final,
+            tier: Tier::End,
         };
         let terminal = std::io::stderr().is_terminal();
         let mut progress = |progress: Progress<'_>| {

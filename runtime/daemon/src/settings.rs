@@ -12,6 +12,9 @@ use decoder::Fidelity;
 use rtfmri::glm::{Hrf, Noise};
 use serde::Deserialize;
 
+use wire::Tier;
+
+use crate::acquire::TierPlan;
 use crate::memory::Feature;
 
 const DEFAULTS: &str = include_str!("defaults.toml");
@@ -141,7 +144,9 @@ struct RawTask {
     events: PathBuf,
     hrf: RawHrf,
     noise: RawNoise,
-    delay_s: f64,
+    tiers: Vec<Tier>,
+    fast_s: f64,
+    slow_s: f64,
     max_missing_share: f64,
 }
 
@@ -240,8 +245,8 @@ pub(crate) struct Settings {
     pub(crate) hrf: Hrf,
     /// Noise model of the fit.
     pub(crate) noise: Noise,
-    /// From onset to the last volume used, seconds.
-    pub(crate) delay_s: f64,
+    /// When trials are decoded.
+    pub(crate) tiers: TierPlan,
     /// Largest share of a trial's window that may be missing.
     pub(crate) max_missing_share: f64,
     /// Who lies in the scanner, as the bundle calls them.
@@ -356,7 +361,21 @@ impl RawSettings {
         if let Some(tr_ms) = self.scanner.tr_ms {
             within("scanner.tr_ms", tr_ms, 300.0, 5000.0)?;
         }
-        within("task.delay_s", self.task.delay_s, 2.0, 30.0)?;
+        within("task.fast_s", self.task.fast_s, 2.0, 30.0)?;
+        within("task.slow_s", self.task.slow_s, self.task.fast_s, 120.0)?;
+        let has = |tier| self.task.tiers.contains(&tier);
+        let tiers = TierPlan {
+            fast_s: has(Tier::Fast).then_some(self.task.fast_s),
+            slow_s: has(Tier::Slow).then_some(self.task.slow_s),
+            end: has(Tier::End),
+        };
+        if self.task.tiers.is_empty() {
+            return Err(SettingsError::Range {
+                field: "task.tiers",
+                found: "[]".into(),
+                expected: "one or more of \"fast\", \"slow\" and \"end\"".into(),
+            });
+        }
         within(
             "task.max_missing_share",
             self.task.max_missing_share,
@@ -435,7 +454,7 @@ impl RawSettings {
                 RawNoise::Ols => Noise::Ols,
                 RawNoise::Ar1 => Noise::Ar1,
             },
-            delay_s: self.task.delay_s,
+            tiers,
             max_missing_share: self.task.max_missing_share,
             subject: self.subject.id,
             mask: mask.transpose()?,

@@ -116,7 +116,7 @@ impl Desk {
                 PictureKind::Unrefined => Kind::Unrefined,
                 PictureKind::Refined => Kind::Refined,
             },
-            tier: "fast".into(),
+            tier: message.tier.as_str().into(),
             width: message.width,
             height: message.height,
             png: message.png,

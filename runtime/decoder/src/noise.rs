@@ -22,15 +22,25 @@ pub enum Tier {
     /// When later volumes have improved the estimate.
     Slow,
     /// At the end of the run.
-    Final,
+    End,
 }
 
 impl Tier {
+    /// The name in files.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Tier::Fast => "fast",
+            Tier::Slow => "slow",
+            Tier::End => "end",
+        }
+    }
+
     fn code(self) -> u8 {
         match self {
             Tier::Fast => 0,
             Tier::Slow => 1,
-            Tier::Final => 2,
+            Tier::End => 2,
         }
     }
 }

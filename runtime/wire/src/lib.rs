@@ -18,5 +18,5 @@ mod message;
 pub use frame::{FrameError, MAX_FRAME_BYTES, read, read_bytes, write, write_bytes};
 pub use message::{
     CaptionMessage, FromAcquire, FromDecode, Hello, PROTOCOL, ParseReply, PictureKind,
-    PictureMessage, RoleName, SessionMessage, TrialMessage, VolumeMessage,
+    PictureMessage, RoleName, SessionMessage, Tier, TrialMessage, VolumeMessage,
 };

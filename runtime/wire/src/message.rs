@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// Changes whenever a message does; processes of different versions refuse each other.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// A role of the appliance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -35,6 +35,39 @@ impl RoleName {
 }
 
 impl fmt::Display for RoleName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// When after its onset a trial is decoded; each later time knows more volumes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tier {
+    /// As soon as the response peaks.
+    Fast,
+    /// When later volumes have improved the estimate.
+    Slow,
+    /// When the run is over.
+    End,
+}
+
+impl Tier {
+    /// Every tier, in the order of time.
+    pub const ALL: [Tier; 3] = [Tier::Fast, Tier::Slow, Tier::End];
+
+    /// The name in files, settings and addresses.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Tier::Fast => "fast",
+            Tier::Slow => "slow",
+            Tier::End => "end",
+        }
+    }
+}
+
+impl fmt::Display for Tier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
@@ -140,6 +173,8 @@ pub struct TrialMessage {
     pub run: u32,
     /// Trial within the run, from 1.
     pub trial: u32,
+    /// When it is decoded.
+    pub tier: Tier,
     /// Onset in the run, seconds.
     pub onset_s: f64,
     /// When the stimulus appeared, Unix milliseconds, by the arrival of volumes.
@@ -157,6 +192,7 @@ impl fmt::Debug for TrialMessage {
         f.debug_struct("TrialMessage")
             .field("run", &self.run)
             .field("trial", &self.trial)
+            .field("tier", &self.tier)
             .field("voxels", &self.zbetas.len())
             .finish_non_exhaustive()
     }
@@ -194,6 +230,8 @@ pub struct CaptionMessage {
     pub run: u32,
     /// Trial, from 1.
     pub trial: u32,
+    /// When it was decoded.
+    pub tier: Tier,
     /// The words.
     pub text: String,
 }
@@ -238,6 +276,8 @@ pub struct PictureMessage {
     pub run: u32,
     /// Trial, from 1.
     pub trial: u32,
+    /// When it was decoded.
+    pub tier: Tier,
     /// Which picture.
     pub kind: PictureKind,
     /// Columns.
@@ -261,6 +301,7 @@ impl fmt::Debug for PictureMessage {
         f.debug_struct("PictureMessage")
             .field("run", &self.run)
             .field("trial", &self.trial)
+            .field("tier", &self.tier)
             .field("kind", &self.kind)
             .field("len_bytes", &self.png.len())
             .finish_non_exhaustive()

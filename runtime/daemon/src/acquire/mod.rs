@@ -9,16 +9,17 @@
 
 mod parser;
 mod quarantine;
-mod run;
+pub(crate) mod run;
+mod sources;
 mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,48 +27,33 @@ use nix::fcntl::{Flock, FlockArg};
 use rtfmri::glm::GlmSettings;
 use rtfmri::{Mask, NiftiError, events};
 use sha2::{Digest, Sha256};
-use wire::{FromAcquire, ParseReply, SessionMessage, VolumeMessage};
+use wire::{FromAcquire, ParseReply, SessionMessage, Tier, TrialMessage, VolumeMessage};
 
-use self::parser::{Parser, ParserError};
 use self::quarantine::Quarantine;
-use self::run::{Outcome, Plan, Run};
-use self::watch::{Found, Notice, Watcher};
+pub(crate) use self::run::TierPlan;
+use self::run::{Hops, Plan, Run, Taken};
+use self::sources::{Event, READ_AHEAD, spawn_readers};
+use self::watch::Found;
 use crate::link::{Keep, Publisher, trial_key};
 use crate::logging::chain;
+use crate::record::entry::{SessionEntry, StoredModel};
+use crate::record::log::Log;
 use crate::record::{self, About, Session};
 use crate::roles::RoleError;
-use crate::settings::{ExistingFiles, Settings};
+use crate::settings::Settings;
 
 /// The socket's name in the runtime folder.
 pub(crate) const SOCKET: &str = "acquire.sock";
 const TICK: Duration = Duration::from_millis(100);
 /// How long to wait for another acquire to end.
 const LOCK_WITHIN: Duration = Duration::from_secs(10);
-/// How often a file is tried again when the box, and not the file, is at fault.
-const TRIES: u32 = 25;
 /// Runs of one session that are held; more means that series are being misread.
 const MAX_RUNS: usize = 32;
 const MAX_MASK_BYTES: u64 = 64 << 20;
-
-/// What the main thread hears.
-enum Event {
-    /// A file was read, for better or worse.
-    Read(Box<ReadFile>),
-    /// Something to tell the operator.
-    Fault(String),
-}
-
-/// One file and what became of it.
-struct ReadFile {
-    file: Found,
-    arrived_ms: u64,
-    reply: Result<ParseReply, String>,
-    /// Its bytes, where it must be put aside.
-    bytes: Vec<u8>,
-}
-
-/// Files that were read and wait for the main thread: each may be a whole volume.
-const READ_AHEAD: usize = 4;
+/// Files that are refused for one reason and named each; later ones are counted.
+const MAX_NAMED: u64 = 12;
+/// Reasons that are told apart when files are counted.
+const MAX_REASONS: usize = 64;
 
 /// Runs the role until `stop`.
 ///
@@ -185,134 +171,21 @@ fn read_bounded(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Starts the threads that find and read files.
-fn spawn_readers(
-    settings: &Settings,
-    started_at_ms: u64,
-    known: BTreeSet<[u8; 16]>,
-    sender: &SyncSender<Event>,
-    stop: &Arc<AtomicBool>,
-) -> Result<(), RoleError> {
-    let thread_error = |source| RoleError::Thread { source };
-    let since = match settings.existing_files {
-        ExistingFiles::Ignore => Some(started_at_ms),
-        ExistingFiles::Take => None,
-    };
-    let (files, found) = sync_channel::<Found>(settings.queue);
-    let (watching, stopping) = (sender.clone(), Arc::clone(stop));
-    let folder = settings.folder.clone();
-    thread::Builder::new()
-        .name("watch".into())
-        .spawn(move || {
-            let watcher = Watcher::new(folder, since);
-            watcher.run(&stopping, |notice| match notice {
-                Notice::Found(file) if known.contains(&file.id) => true,
-                Notice::Found(file) => files.send(file).is_ok(),
-                Notice::FolderLost(reason) => watching
-                    .send(Event::Fault(format!(
-                        "The scanner's folder (scanner.folder) cannot be read: {reason}. Check the \
-                         mount; volumes that arrive meanwhile are taken when it is back"
-                    )))
-                    .is_ok(),
-                Notice::Full => watching
-                    .send(Event::Fault(
-                        "The scanner's folder (scanner.folder) holds too many files to watch, new \
-                         ones are not taken: clear it out"
-                            .into(),
-                    ))
-                    .is_ok(),
-                Notice::FolderBack => watching
-                    .send(Event::Fault("The scanner's folder is back".into()))
-                    .is_ok(),
-                Notice::Ignored(count) => {
-                    tracing::info!(count, "files from before the session are ignored");
-                    true
-                }
-            });
-        })
-        .map_err(thread_error)?;
-
-    let (parsed, reading) = (sender.clone(), Arc::clone(stop));
-    let limit = settings.max_file_bytes;
-    let mut parser = Parser::new(settings.parse_timeout, settings.parse_memory_bytes);
-    thread::Builder::new()
-        .name("read".into())
-        .spawn(move || {
-            for file in found {
-                let arrived_ms = arrival(&file);
-                let (reply, bytes) = read_file(&file, limit, &mut parser, &reading);
-                let read = ReadFile {
-                    file,
-                    arrived_ms,
-                    reply,
-                    bytes,
-                };
-                if parsed.send(Event::Read(Box::new(read))).is_err() {
-                    return;
-                }
-            }
-        })
-        .map_err(thread_error)?;
-    Ok(())
-}
-
-/// When a file arrived: by its own time of change, where that is believable, since a backlog is read
-/// later than it arrived.
-fn arrival(file: &Found) -> u64 {
-    let now = record::now_ms();
-    let believable = now.saturating_sub(24 * 3_600_000)..=now;
-    if believable.contains(&file.changed_ms) {
-        file.changed_ms
-    } else {
-        now
-    }
-}
-
-/// Reads and parses one file; its bytes come back where it must be put aside.
-fn read_file(
-    file: &Found,
-    limit: u64,
-    parser: &mut Parser,
-    stop: &AtomicBool,
-) -> (Result<ParseReply, String>, Vec<u8>) {
-    if file.len_bytes > limit {
-        let reason = format!("it has {} bytes, expected at most {limit}", file.len_bytes);
-        return (Err(reason), Vec::new());
-    }
-    let mut last = String::new();
-    for _ in 0..TRIES {
-        match read_bounded(&file.path, limit) {
-            Ok(bytes) => match parser.parse(&bytes) {
-                Ok(reply @ ParseReply::Volume(_)) => return (Ok(reply), Vec::new()),
-                Ok(refused @ ParseReply::Refused { .. }) => return (Ok(refused), bytes),
-                // The box is short of something; the file is not to blame.
-                Err(error @ ParserError::Start(_)) => last = chain(&error),
-                Err(error) => return (Err(chain(&error)), bytes),
-            },
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                return (Err("it is gone".into()), Vec::new());
-            }
-            // The system's reason alone: the name of the file is not shown.
-            Err(error) => last = format!("it cannot be read: {}", error.kind()),
-        }
-        if stop.load(Ordering::Relaxed) {
-            break;
-        }
-        thread::sleep(2 * TICK);
-    }
-    (Err(last), Vec::new())
-}
-
 /// The role's state.
 struct Acquire {
     settings: Settings,
     plan: Plan,
     session: Session,
+    /// What belongs to no run.
+    log: Log,
     publisher: Publisher,
     quarantine: Quarantine,
     runs: BTreeMap<[u8; 16], Run>,
     refused_series: BTreeSet<[u8; 16]>,
+    /// Files put aside, by reason.
+    put_aside: BTreeMap<String, u64>,
     faults: u64,
+    hops: Hops,
 }
 
 impl Acquire {
@@ -323,27 +196,34 @@ impl Acquire {
         publisher: Publisher,
     ) -> Result<Acquire, RoleError> {
         let glm = GlmSettings {
-            delay_s: settings.delay_s,
             max_missing_share: settings.max_missing_share,
             ..GlmSettings::new(1.0, settings.hrf, settings.noise)
         };
         let plan = Plan {
             mask,
             events: Vec::new(),
-            glm,
+            model: StoredModel::of(&glm, settings.tiers),
             tr_ms: settings.tr_ms,
         };
         let quarantine = Quarantine::open(session.dir.join("quarantine"));
+        let (log, _) = Log::open::<SessionEntry>(&session.dir.join(record::SESSION_LOG))?;
         let mut acquire = Acquire {
             settings: settings.clone(),
             plan,
             session,
+            log,
             publisher,
             quarantine,
             runs: BTreeMap::new(),
             refused_series: BTreeSet::new(),
+            put_aside: BTreeMap::new(),
             faults: 0,
+            hops: Hops::default(),
         };
+        acquire.write_down(&SessionEntry::Opened {
+            software: env!("CARGO_PKG_VERSION").into(),
+            at_ms: record::now_ms(),
+        });
         let session = &acquire.session.file;
         let message = FromAcquire::Session(SessionMessage {
             id: session.id.clone(),
@@ -362,13 +242,12 @@ impl Acquire {
             let plan = self.plan_of_run(index);
             match Run::resume(index, dir, plan) {
                 Ok(Some(run)) => {
-                    tracing::info!(run = index, volumes = run.volumes(), "run taken up again");
+                    let volumes = run.state().places().len();
+                    tracing::info!(run = index, volumes, "run taken up again");
                     for trial in run.messages() {
-                        let key = trial_key(trial.run, trial.trial, 0);
-                        self.publisher
-                            .publish(&FromAcquire::Trial(trial), Keep::Under(key));
+                        self.tell_trial(trial);
                     }
-                    self.runs.insert(run.series, run);
+                    self.runs.insert(run.state().series, run);
                 }
                 Ok(None) => {}
                 Err(error) => {
@@ -388,29 +267,47 @@ impl Acquire {
 
     fn drain(&mut self, events: &Receiver<Event>, stop: &Arc<AtomicBool>) -> Result<(), RoleError> {
         while !stop.load(Ordering::Relaxed) {
-            match events.recv_timeout(TICK) {
+            // One trial at a time, and none before a volume that waits.
+            let due = self.runs.values().any(Run::is_due);
+            let patience = if due { Duration::ZERO } else { TICK };
+            match events.recv_timeout(patience) {
                 Ok(Event::Fault(text)) => self.fault(text),
-                Ok(Event::Read(read)) => match read.reply {
-                    Ok(ParseReply::Volume(volume)) => {
-                        self.volume(volume, &read.file, read.arrived_ms);
-                    }
-                    Ok(ParseReply::Refused { reason }) | Err(reason) => {
-                        self.put_aside(&read.file, &read.bytes, &reason);
-                    }
-                },
-                Err(RecvTimeoutError::Timeout) => {
-                    for run in self.runs.values_mut() {
-                        run.give_up_holes();
-                        run.write_arrays();
+                Ok(Event::Read(read)) => {
+                    self.hops.file = Some(read.file.noticed);
+                    match read.reply {
+                        Ok(ParseReply::Volume(volume)) => {
+                            self.volume(volume, &read.file, read.arrived_ms);
+                        }
+                        Ok(ParseReply::Refused { reason }) | Err(reason) => {
+                            self.put_aside(&read.file, &read.bytes, &reason);
+                        }
                     }
                 }
+                Err(RecvTimeoutError::Timeout) => self.look_after_runs(due),
                 // A reader thread is gone, which only a defect can cause; the session stays open.
                 Err(RecvTimeoutError::Disconnected) => return Err(RoleError::Readers),
             }
             self.fit_what_is_due();
+            let alarms: Vec<String> = self.runs.values_mut().filter_map(Run::alarm).collect();
+            self.faults(alarms);
         }
         self.finish();
         Ok(())
+    }
+
+    /// What can wait until no file does.
+    fn look_after_runs(&mut self, busy: bool) {
+        let newest = self.runs.values().map(|run| run.index).max();
+        let mut told = Vec::new();
+        for run in self.runs.values_mut() {
+            run.give_up_holes();
+            told.extend(run.stall(&self.hops));
+            told.extend(run.end_if_over(Some(run.index) != newest));
+            if !busy {
+                run.write_arrays();
+            }
+        }
+        self.faults(told);
     }
 
     fn volume(&mut self, volume: VolumeMessage, file: &Found, arrived_ms: u64) {
@@ -473,19 +370,19 @@ impl Acquire {
         })?;
         tracing::info!(
             run = index,
-            tr_ms = run.tr_ms,
+            tr_ms = run.state().tr_ms,
             trials = run.trials(),
             "run began"
         );
         self.announce(&run);
-        self.runs.insert(run.series, run);
+        self.runs.insert(run.state().series, run);
         Ok(())
     }
 
     fn announce(&self, run: &Run) {
         let message = FromAcquire::RunStarted {
             run: run.index,
-            tr_ms: run.tr_ms,
+            tr_ms: run.state().tr_ms,
             trials: run.trials(),
         };
         self.publisher.publish(&message, Keep::Under(1));
@@ -527,40 +424,55 @@ impl Acquire {
         Ok(parsed)
     }
 
+    /// Fits one trial of each run that has one to fit.
     fn fit_what_is_due(&mut self) {
         let mut told = Vec::new();
         let mut faults = Vec::new();
         for run in self.runs.values_mut() {
-            let mut started = Instant::now();
-            while let Some(outcome) = run.next_due() {
-                let took_ms = started.elapsed().as_secs_f64() * 1e3;
-                tracing::info!(run = run.index, took_ms, "trial.fit");
-                match outcome {
-                    Outcome::Ready(trial) => told.push(trial),
-                    Outcome::Skipped { trial, reason } => {
-                        faults.push(format!(
-                            "Run {}: trial {trial} is skipped: {reason}",
-                            run.index
-                        ));
-                    }
-                }
-                started = Instant::now();
+            let started = Instant::now();
+            let Some(taken) = run.fit_next() else {
+                continue;
+            };
+            let took_ms = started.elapsed().as_secs_f64() * 1e3;
+            tracing::info!(run = run.index, took_ms, "trial.fit");
+            match taken {
+                Taken::Ready(trial) => told.push(trial),
+                // Said once: what cannot be estimated early is not said again later.
+                Taken::Skipped {
+                    trial,
+                    tier: Tier::Fast,
+                    reason,
+                } => faults.push(format!(
+                    "Run {}: trial {trial} is skipped: {reason}",
+                    run.index
+                )),
+                Taken::Skipped {
+                    trial,
+                    tier,
+                    reason,
+                } => tracing::info!(run = run.index, trial, %tier, reason, "trial skipped"),
+                Taken::Noted => {}
             }
-            faults.extend(run.alarm());
-            faults.extend(run.ended_early(false));
         }
         for trial in told {
-            let key = trial_key(trial.run, trial.trial, 0);
-            self.publisher
-                .publish(&FromAcquire::Trial(trial), Keep::Under(key));
+            self.tell_trial(trial);
         }
-        for fault in faults {
-            self.fault(fault);
-        }
+        self.faults(faults);
+    }
+
+    fn tell_trial(&self, trial: TrialMessage) {
+        let key = trial_key(trial.run, trial.trial, trial.tier, 0);
+        self.publisher
+            .publish(&FromAcquire::Trial(trial), Keep::Under(key));
     }
 
     fn put_aside(&mut self, file: &Found, bytes: &[u8], reason: &str) {
         let kept = self.quarantine.keep(file.id, bytes, reason);
+        self.write_down(&SessionEntry::PutAside {
+            file: file.id,
+            reason: reason.into(),
+            at_ms: record::now_ms(),
+        });
         let name = quarantine::plain_name(&file.path);
         let fault = match kept {
             Ok(Some(place)) => {
@@ -572,11 +484,40 @@ impl Acquire {
                 chain(&error)
             ),
         };
-        self.fault(fault);
+        // A localiser of two hundred slices is one sentence and not two hundred.
+        let seen = match self.put_aside.get_mut(reason) {
+            Some(seen) => {
+                *seen += 1;
+                *seen
+            }
+            None => {
+                if self.put_aside.len() < MAX_REASONS {
+                    self.put_aside.insert(reason.into(), 1);
+                }
+                1
+            }
+        };
+        match seen.cmp(&MAX_NAMED) {
+            std::cmp::Ordering::Less => self.fault(fault),
+            std::cmp::Ordering::Equal => self.fault(format!(
+                "{fault}. Further files with this reason are put aside without a word"
+            )),
+            std::cmp::Ordering::Greater => tracing::info!(reason, seen, "file put aside"),
+        }
+    }
+
+    fn faults(&mut self, texts: Vec<String>) {
+        for text in texts {
+            self.fault(text);
+        }
     }
 
     fn fault(&mut self, text: String) {
         tracing::warn!(fault = %text, "fault");
+        self.write_down(&SessionEntry::Fault {
+            text: text.clone(),
+            at_ms: record::now_ms(),
+        });
         self.faults += 1;
         // The last few dozen are told again to a page that comes later.
         let slot = 3 + self.faults % 12;
@@ -584,14 +525,19 @@ impl Acquire {
             .publish(&FromAcquire::Fault { text }, Keep::Under(slot));
     }
 
+    /// Writes to the session's log; where that fails, each run's own alarm says so.
+    fn write_down(&mut self, entry: &SessionEntry) {
+        if let Err(error) = self.log.append(entry) {
+            tracing::warn!(error = %chain(&error), "the session's log cannot be written");
+        }
+    }
+
     fn finish(&mut self) {
         let mut ended = Vec::new();
         for run in self.runs.values_mut() {
+            ended.extend(run.left_at_stop());
             run.write_arrays();
-            ended.extend(run.ended_early(true));
         }
-        for fault in ended {
-            self.fault(fault);
-        }
+        self.faults(ended);
     }
 }

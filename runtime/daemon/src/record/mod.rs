@@ -3,29 +3,35 @@
 //! ```text
 //! <state>/current                     id of the session in progress
 //! <state>/sessions/<id>/session.json  label, seed, when it began
-//!   runs/001/volumes.bin              masked voxels of each volume, as they came
-//!   runs/001/reference.bin            the volume that others are realigned to
-//!   runs/001/trials.bin               betas of each trial, as they were estimated
-//!   runs/001/{betas,zbetas}.npy       `[trial, voxel]`; rows of skipped trials are NaN
-//!   pictures/run001-trial001-*.png    with a .json beside each
+//!   session.log                       faults, files put aside and pulses outside of runs, as they came
+//!   runs/001/run.log                  the run as it happened: each volume's fate, motion, voxels and
+//!                                     timing, pulses, betas of each trial and decode time
+//!   runs/001/events.tsv               the events file as it was when the run began
+//!   runs/001/fast-{betas,zbetas}.npy  `[trial, voxel]`; rows of skipped trials are NaN; slow-, end- alike
+//!   pictures/run001-trial001-fast-*.png  with one .json for each trial and decode time
 //!   quarantine/                       scanner files that could not be used, each with its reason
 //! ```
 //!
-//! `*.bin` are appended frame by frame and flushed to the disk before anybody is told; what a crash
-//! cuts short is dropped at the next start. Everything else appears whole, by renaming.
+//! Logs ([`log`]) are appended entry by entry ([`entry`]) and flushed to the disk before anybody is
+//! told; what a crash cuts short is dropped at the next start. Everything else appears whole, by
+//! renaming.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, Seek, Write};
+pub(crate) mod entry;
+pub(crate) mod log;
+
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use wire::FrameError;
 
 /// The file that names the session in progress.
 const CURRENT: &str = "current";
 const SESSION_FILE: &str = "session.json";
+/// What belongs to no run.
+pub(crate) const SESSION_LOG: &str = "session.log";
 /// An unfinished session older than this is not taken up again.
 const MAX_AGE: Duration = Duration::from_secs(12 * 3600);
 
@@ -40,13 +46,30 @@ pub(crate) enum RecordError {
         /// The system's reason.
         source: io::Error,
     },
-    /// A message that does not fit a frame.
+    /// An entry that cannot be written in the log's form.
     #[error("cannot encode an entry of {path}")]
-    Frame {
+    Entry {
         /// Which file.
         path: PathBuf,
         /// Why.
-        source: wire::FrameError,
+        source: postcard::Error,
+    },
+    /// An entry longer than any real one.
+    #[error(
+        "an entry of {found} bytes for {path}, expected at most {}",
+        log::MAX_ENTRY_BYTES
+    )]
+    Long {
+        /// Which file.
+        path: PathBuf,
+        /// Its length.
+        found: usize,
+    },
+    /// A file that does not begin as a log does.
+    #[error("{path} is no log of this program and version: it begins with other bytes")]
+    Magic {
+        /// The file.
+        path: PathBuf,
     },
     /// Something that is not the record it should be.
     #[error("{path} is not a session of this program")]
@@ -281,81 +304,6 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, RecordErr
     })
 }
 
-/// An append-only file of frames.
-#[derive(Debug)]
-pub(crate) struct Journal {
-    path: PathBuf,
-    file: File,
-}
-
-impl Journal {
-    /// Opens or begins a journal and returns its whole entries.
-    ///
-    /// An entry that a crash cut short is cut off. Where anything else is wrong, the file as it was
-    /// is kept beside the journal before it goes on without the rest.
-    pub(crate) fn open<T: DeserializeOwned>(path: &Path) -> Result<(Journal, Vec<T>), RecordError> {
-        let error = at(path);
-        let file = OpenOptions::new()
-            .read(true)
-            .append(true)
-            .create(true)
-            .open(path)
-            .map_err(&error)?;
-        let mut reader = BufReader::new(&file);
-        let (mut entries, mut good) = (Vec::new(), 0);
-        let end = loop {
-            match wire::read::<T>(&mut reader) {
-                Ok(entry) => entries.push(entry),
-                Err(end) => break end,
-            }
-            good = reader.stream_position().map_err(&error)?;
-        };
-        drop(reader);
-        let len = file.metadata().map_err(&error)?.len();
-        if len > good {
-            let torn = matches!(&end, FrameError::Io(source) if source.kind() == io::ErrorKind::UnexpectedEof);
-            if !torn {
-                let kept = path.with_extension(format!("damaged-{}", now_ms()));
-                fs::copy(path, &kept).map_err(at(&kept))?;
-                tracing::error!(reason = %end, dropped_bytes = len - good, "a journal is damaged, it is kept aside and goes on without the rest");
-            } else {
-                tracing::warn!(
-                    dropped_bytes = len - good,
-                    "the last entry of a journal was torn, it is dropped"
-                );
-            }
-            file.set_len(good).map_err(&error)?;
-        }
-        Ok((
-            Journal {
-                path: path.into(),
-                file,
-            },
-            entries,
-        ))
-    }
-
-    /// Appends an entry; it is on the disk when this returns.
-    pub(crate) fn append<T: Serialize>(&mut self, entry: &T) -> Result<(), RecordError> {
-        let mut bytes = Vec::new();
-        wire::write(&mut bytes, entry).map_err(|source| RecordError::Frame {
-            path: self.path.clone(),
-            source,
-        })?;
-        let error = at(&self.path);
-        let before = self.file.metadata().map_err(&error)?.len();
-        let written = self
-            .file
-            .write_all(&bytes)
-            .and_then(|()| self.file.sync_data());
-        if written.is_err() {
-            // A full disk must not leave half an entry in front of later ones.
-            let _ = self.file.set_len(before);
-        }
-        written.map_err(error)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -390,51 +338,5 @@ mod tests {
             ..about("One")
         };
         assert!(!Session::open(dir.path(), other).unwrap().resumed);
-    }
-
-    #[test]
-    fn a_damaged_journal_is_kept_aside() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("j.bin");
-        let (mut journal, _) = Journal::open::<(u32, Option<u8>)>(&path).unwrap();
-        for index in 0..3_u32 {
-            journal.append(&(index, Some(1_u8))).unwrap();
-        }
-        let mut bytes = fs::read(&path).unwrap();
-        // The option's tag in the second entry.
-        let entry = bytes.len() / 3;
-        bytes[entry + 5] = 7;
-        fs::write(&path, &bytes).unwrap();
-        let (_, kept) = Journal::open::<(u32, Option<u8>)>(&path).unwrap();
-        assert_eq!(kept, [(0, Some(1))]);
-        let aside = fs::read_dir(dir.path()).unwrap().filter(|entry| {
-            entry
-                .as_ref()
-                .unwrap()
-                .file_name()
-                .to_string_lossy()
-                .contains("damaged")
-        });
-        assert_eq!(aside.count(), 1);
-    }
-
-    #[test]
-    fn a_torn_entry_is_dropped_and_the_journal_goes_on() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("j.bin");
-        let (mut journal, none) = Journal::open::<(u32, Vec<f32>)>(&path).unwrap();
-        assert!(none.is_empty());
-        for index in 0..3_u32 {
-            journal.append(&(index, vec![0.5_f32; 100])).unwrap();
-        }
-        let whole = fs::read(&path).unwrap();
-        for cut in [1, 7, 100, 403] {
-            fs::write(&path, &whole[..whole.len() - cut]).unwrap();
-            let (mut journal, kept) = Journal::open::<(u32, Vec<f32>)>(&path).unwrap();
-            assert_eq!(kept.len(), 2, "cut by {cut}");
-            journal.append(&(9_u32, vec![1.0_f32])).unwrap();
-            let (_, kept) = Journal::open::<(u32, Vec<f32>)>(&path).unwrap();
-            assert_eq!(kept.last(), Some(&(9, vec![1.0])));
-        }
     }
 }

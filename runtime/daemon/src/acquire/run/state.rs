@@ -1,0 +1,410 @@
+//! What a run is: all that its entries say, and what follows from them.
+//!
+//! No clock, no file: the same entries give the same state, betas and messages, live, after a
+//! restart and at replay.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ndarray::{Array1, ArrayView2};
+use rtfmri::events::Event;
+use rtfmri::glm::{self, GlmError, GlmSettings};
+use rtfmri::zscore::{RunningZScore, ZScoreError};
+use wire::{Tier, TrialMessage};
+
+use crate::pipeline::{self, AlignedVolume};
+use crate::record::entry::{Began, RunEnd, RunEntry, StoredTrial};
+
+/// When trials are decoded, seconds after their onset; `None` where a tier is left out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct TierPlan {
+    /// As soon as the response peaks.
+    pub(crate) fast_s: Option<f64>,
+    /// When later volumes have improved the estimate.
+    pub(crate) slow_s: Option<f64>,
+    /// Whether once more when the run is over.
+    pub(crate) end: bool,
+}
+
+/// Betas of one tier.
+struct TierState {
+    /// Trials that were estimated or given up; they are taken in their order, because each is
+    /// standardised over those before it.
+    next: usize,
+    zscore: RunningZScore,
+    betas: Vec<Option<Array1<f64>>>,
+    zbetas: Vec<Option<Array1<f64>>>,
+}
+
+/// A volume without its voxels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// When its file arrived, Unix milliseconds.
+    pub(crate) arrived_ms: u64,
+    /// Hash of its file's name.
+    pub(crate) file: [u8; 16],
+}
+
+/// The run's masked voxels, by rising frame.
+struct Series {
+    voxels: usize,
+    frames: Vec<usize>,
+    values: Vec<f32>,
+}
+
+impl Series {
+    /// Puts a volume where its frame belongs; almost always at the end.
+    fn insert(&mut self, frame: usize, voxels: &[f32]) {
+        let row = self.frames.partition_point(|&known| known < frame);
+        let at = row * self.voxels;
+        self.frames.insert(row, frame);
+        if at == self.values.len() {
+            self.values.extend_from_slice(voxels);
+        } else {
+            self.values.splice(at..at, voxels.iter().copied());
+        }
+    }
+
+    /// Frames, and `[volume, voxel]`; `None` where the two have come apart, which `insert` prevents.
+    fn view(&self) -> Option<(&[usize], ArrayView2<'_, f32>)> {
+        let shape = (self.frames.len(), self.voxels);
+        let values = ArrayView2::from_shape(shape, &self.values).ok()?;
+        Some((&self.frames, values))
+    }
+}
+
+/// All that is known of a run.
+pub(crate) struct State {
+    /// The stimuli, by onset; empty where the events file could not be used.
+    events: Vec<Event>,
+    glm: GlmSettings,
+    plan: TierPlan,
+    /// Hash of its series' UID.
+    pub(crate) series: [u8; 16],
+    /// Hash of its patient module, for comparing alone.
+    pub(crate) patient: u64,
+    /// Repetition time, milliseconds.
+    pub(crate) tr_ms: f64,
+    places: BTreeMap<u32, Place>,
+    samples: Series,
+    lost: BTreeSet<u32>,
+    tiers: [TierState; 3],
+    ended: Option<RunEnd>,
+}
+
+/// What taking an entry gave.
+#[derive(Debug)]
+pub(crate) enum Taken {
+    /// Nothing to tell.
+    Noted,
+    /// A trial is ready to decode.
+    Ready(TrialMessage),
+    /// A trial has no betas in this tier.
+    Skipped {
+        /// From 1.
+        trial: u32,
+        /// When it was to be decoded.
+        tier: Tier,
+        /// Why, as a sentence's end.
+        reason: String,
+    },
+}
+
+impl State {
+    /// The state of a run that has just begun; its reference is still to be taken as a volume.
+    pub(crate) fn begin(events: Vec<Event>, began: &Began) -> State {
+        let voxels = began.voxels as usize;
+        let tier = || TierState {
+            next: 0,
+            zscore: RunningZScore::new(voxels),
+            betas: Vec::new(),
+            zbetas: Vec::new(),
+        };
+        State {
+            events,
+            glm: began.model.glm(began.reference.tr_ms / 1e3),
+            plan: began.model.tiers(),
+            series: began.reference.series,
+            patient: began.reference.patient,
+            tr_ms: began.reference.tr_ms,
+            places: BTreeMap::new(),
+            samples: Series {
+                voxels,
+                frames: Vec::new(),
+                values: Vec::new(),
+            },
+            lost: BTreeSet::new(),
+            tiers: [tier(), tier(), tier()],
+            ended: None,
+        }
+    }
+
+    /// Takes what happened.
+    ///
+    /// - `run`: the run's number, for the message of a trial.
+    pub(crate) fn take(&mut self, run: u32, entry: RunEntry) -> Taken {
+        match entry {
+            RunEntry::Volume(volume) => self.take_volume(&volume),
+            RunEntry::Lost { frame, .. } => {
+                self.lost.insert(frame);
+            }
+            RunEntry::Ended { end, .. } => self.ended = Some(end),
+            RunEntry::Trial(trial) => return self.take_trial(run, trial),
+            RunEntry::Began(_) | RunEntry::Doubled { .. } | RunEntry::Refused { .. } => {}
+        }
+        Taken::Noted
+    }
+
+    fn take_volume(&mut self, volume: &AlignedVolume) {
+        // A record of another mask is not taken up; what is wrong nevertheless is left out.
+        if volume.voxels.len() != self.samples.voxels || self.places.contains_key(&volume.frame) {
+            return;
+        }
+        self.samples.insert(volume.frame as usize, &volume.voxels);
+        let place = Place {
+            arrived_ms: volume.arrived_ms,
+            file: volume.file,
+        };
+        self.places.insert(volume.frame, place);
+        self.lost.remove(&volume.frame);
+        // A run that goes on was not over.
+        self.ended = None;
+    }
+
+    fn take_trial(&mut self, run: u32, stored: StoredTrial) -> Taken {
+        let (number, tier) = (stored.trial, stored.tier);
+        let voxels = self.samples.voxels;
+        let betas = stored.betas.and_then(|betas| {
+            let found = betas.len();
+            let fits = found == voxels;
+            fits.then(|| Array1::from(betas))
+                .ok_or_else(|| format!("{found} betas where {voxels} voxels are expected"))
+        });
+        let state = &mut self.tiers[tier as usize];
+        state.next += 1;
+        let scored = match &betas {
+            Ok(betas) => state
+                .zscore
+                .push(betas.view())
+                .map_err(|error: ZScoreError| error.to_string()),
+            Err(reason) => Err(reason.clone()),
+        };
+        state.zbetas.push(scored.as_ref().ok().cloned());
+        state.betas.push(betas.ok());
+        let trial = state.next - 1;
+        match scored {
+            Ok(zbetas) => Taken::Ready(self.message(
+                run,
+                tier,
+                trial,
+                (stored.volumes, stored.missing),
+                &zbetas,
+            )),
+            Err(reason) => Taken::Skipped {
+                trial: number,
+                tier,
+                reason,
+            },
+        }
+    }
+
+    /// The stimuli.
+    pub(crate) fn events(&self) -> &[Event] {
+        &self.events
+    }
+
+    /// Voxels of the mask.
+    pub(crate) fn voxels(&self) -> usize {
+        self.samples.voxels
+    }
+
+    /// Volumes that are in, by frame.
+    pub(crate) fn places(&self) -> &BTreeMap<u32, Place> {
+        &self.places
+    }
+
+    /// Whether the run is taken to be over.
+    pub(crate) fn ended(&self) -> Option<RunEnd> {
+        self.ended
+    }
+
+    /// One more than the highest frame that is in.
+    pub(crate) fn highest(&self) -> u32 {
+        self.places
+            .last_key_value()
+            .map_or(0, |(frame, _)| frame + 1)
+    }
+
+    /// Frames below `end` that are neither in nor given up, and below the highest.
+    pub(crate) fn holes(&self, end: u32) -> impl Iterator<Item = u32> + '_ {
+        let end = end.min(self.highest());
+        (0..end).filter(|frame| !self.places.contains_key(frame) && !self.lost.contains(frame))
+    }
+
+    /// Volumes that must have come before a trial can be decoded in a tier; `None` where it is not.
+    fn needed(&self, tier: Tier, trial: usize) -> Option<u32> {
+        let event = self.events.get(trial)?;
+        let delay_s = match tier {
+            Tier::Fast => self.plan.fast_s?,
+            Tier::Slow => self.plan.slow_s?,
+            Tier::End if self.plan.end && self.ended.is_some() => return Some(self.highest()),
+            Tier::End => return None,
+        };
+        let needed = glm::volumes_needed(event.onset_s, self.glm.tr_s, delay_s);
+        Some(count(needed))
+    }
+
+    /// Volumes that the last trial needs in the first tier.
+    pub(crate) fn needed_by_all(&self) -> u32 {
+        let last = self.events.len().checked_sub(1);
+        let needed = |tier| last.and_then(|last| self.needed(tier, last));
+        needed(Tier::Fast)
+            .or_else(|| needed(Tier::Slow))
+            .unwrap_or(0)
+    }
+
+    /// Trials of the first tier that are not decoded.
+    pub(crate) fn waiting(&self) -> usize {
+        let tier = match (self.plan.fast_s, self.plan.slow_s) {
+            (Some(_), _) => Tier::Fast,
+            (None, Some(_)) => Tier::Slow,
+            (None, None) => Tier::End,
+        };
+        let next = self.tiers[tier as usize].next;
+        self.events.len().saturating_sub(next)
+    }
+
+    /// The next trial that can be decoded, earlier tiers first.
+    pub(crate) fn due(&self) -> Option<(Tier, usize)> {
+        Tier::ALL.into_iter().find_map(|tier| {
+            let trial = self.tiers[tier as usize].next;
+            let needed = self.needed(tier, trial)?;
+            let highest = self.highest();
+            if tier == Tier::End {
+                // What was never begun has no end.
+                let onset =
+                    glm::volumes_needed(self.events.get(trial)?.onset_s, self.glm.tr_s, 0.0);
+                return (count(onset) < highest).then_some((tier, trial));
+            }
+            let complete = highest > 0 && highest >= needed && self.holes(needed).next().is_none();
+            complete.then_some((tier, trial))
+        })
+    }
+
+    /// Estimates a trial from the volumes that are in.
+    ///
+    /// - `at_ms`: now, Unix milliseconds.
+    pub(crate) fn fit(&self, tier: Tier, trial: usize, at_ms: u64) -> StoredTrial {
+        let needed = self.needed(tier, trial).unwrap_or(0);
+        let have = count(self.places.range(..needed).count());
+        StoredTrial {
+            trial: count(trial + 1),
+            tier,
+            volumes: have,
+            missing: needed.saturating_sub(have),
+            betas: match self.betas(tier, trial) {
+                Ok(betas) => Ok(betas.to_vec()),
+                Err(error) => Err(error.to_string()),
+            },
+            at_ms,
+        }
+    }
+
+    fn betas(&self, tier: Tier, trial: usize) -> Result<Array1<f64>, GlmError> {
+        let onset_s = self.events.get(trial).map_or(0.0, |e| e.onset_s);
+        let glm = &self.glm;
+        let delay_s = match tier {
+            Tier::Fast => self.plan.fast_s.unwrap_or(glm.delay_s),
+            Tier::Slow => self.plan.slow_s.unwrap_or(glm.delay_s),
+            // Half a TR after the last volume's start: it is the last that is used.
+            Tier::End => ((f64::from(self.highest()) - 0.5) * glm.tr_s - onset_s).max(0.0),
+        };
+        let settings = GlmSettings {
+            delay_s,
+            ..glm.clone()
+        };
+        let Some((frames, series)) = self.samples.view() else {
+            return Err(GlmError::Rows {
+                array: "series",
+                expected: self.samples.frames.len(),
+                found: 0,
+            });
+        };
+        pipeline::fit_trial(&settings, &self.events, trial, frames, series)
+    }
+
+    /// Every trial that is estimated so far, ready to decode.
+    pub(crate) fn messages(&self, run: u32) -> Vec<TrialMessage> {
+        let mut messages = Vec::new();
+        for tier in Tier::ALL {
+            for (trial, zbetas) in self.tiers[tier as usize].zbetas.iter().enumerate() {
+                let Some(zbetas) = zbetas else { continue };
+                let needed = self.needed(tier, trial).unwrap_or(0);
+                let have = count(self.places.range(..needed).count());
+                let volumes = (have, needed.saturating_sub(have));
+                messages.push(self.message(run, tier, trial, volumes, zbetas));
+            }
+        }
+        messages
+    }
+
+    fn message(
+        &self,
+        run: u32,
+        tier: Tier,
+        trial: usize,
+        (volumes, missing): (u32, u32),
+        zbetas: &Array1<f64>,
+    ) -> TrialMessage {
+        let onset_s = self.events.get(trial).map_or(0.0, |e| e.onset_s);
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "networks take single precision"
+        )]
+        let zbetas = zbetas.iter().map(|&value| value as f32).collect();
+        TrialMessage {
+            run,
+            trial: count(trial + 1),
+            tier,
+            onset_s,
+            stimulus_at_ms: self.wall_clock_ms(onset_s),
+            volumes,
+            missing,
+            zbetas,
+        }
+    }
+
+    /// When a time of the run was, by the arrival of the volumes around it: volume `n` arrives when
+    /// it is complete, `n` TR after the run began.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "milliseconds and volume numbers are far below 2^52, and negative times saturate"
+    )]
+    fn wall_clock_ms(&self, time_s: f64) -> Option<u64> {
+        let at = time_s / self.glm.tr_s;
+        let arrival = |volumes: f64| {
+            let frame = (volumes.max(1.0) - 1.0) as u32;
+            let (low, before) = self.places.range(..=frame).next_back()?;
+            Some((f64::from(*low) + 1.0, before.arrived_ms as f64))
+        };
+        let (n, ms) = arrival(at.floor())?;
+        // The pace around this place: real time on a scanner, faster in a simulation.
+        let pace = match arrival(at.floor() + 1.0) {
+            Some((next, next_ms)) if next > n => (next_ms - ms) / (next - n),
+            _ => self.tr_ms,
+        };
+        Some((ms + (at - n) * pace).max(0.0) as u64)
+    }
+
+    /// Betas and z-scored betas of a tier, by trial; `None` where a trial has none.
+    pub(crate) fn arrays(&self, tier: Tier) -> [&[Option<Array1<f64>>]; 2] {
+        let state = &self.tiers[tier as usize];
+        [&state.betas, &state.zbetas]
+    }
+}
+
+/// A count that is shown or sent; far below 2^32 everywhere it is used.
+fn count(value: usize) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
