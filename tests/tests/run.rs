@@ -139,8 +139,7 @@ fn a_run_is_decoded_again_at_its_end_and_replays_byte_for_byte() {
             ],
         )
     };
-    let ended = replay(&session);
-    ended.succeeded();
+    let ended = replay(&session).succeeded();
     println!("{}", ended.stdout);
     assert!(ended.stdout.contains("0 skipped") && !ended.stdout.contains("differs"));
     let name = "pictures/run001-trial003-end-unrefined.png";
@@ -152,8 +151,7 @@ fn a_run_is_decoded_again_at_its_end_and_replays_byte_for_byte() {
     let last = changed.len() - 20;
     changed[last] ^= 1;
     std::fs::write(session.join(name), changed).unwrap();
-    let ended = replay(&session);
-    ended.refused(1, &[]);
+    let ended = replay(&session).refused(1, &[]);
     assert!(
         ended
             .stdout
