@@ -14,8 +14,9 @@ use system_tests::site::Site;
 
 /// Trials of the session.
 const TRIALS: u32 = 20;
-/// Mean over trials of the pattern correlation; the best tools of the field reach 0.70.
-const LEAST_CORRELATION: f64 = 0.60;
+/// Mean over trials of the pattern correlation that a real pipeline should reach with AR(1) noise; the best
+/// tools of the field reach 0.70.
+const LEAST_CORRELATION: f64 = 0.688;
 /// What stands in the headers where a patient's name stood.
 const CANARY: &str = "ZZ";
 

@@ -155,3 +155,36 @@ pub(crate) fn decode_trial(
         .map_err(|_| DecodeError::Empty)?;
     decoder.decode(zbetas, key, progress)
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A volume of one voxel, for those who need a message and no picture.
+    pub(crate) fn message(number: u32) -> VolumeMessage {
+        VolumeMessage {
+            shape: [1, 1, 1],
+            voxels: vec![1.0],
+            affine_lps: [
+                [1.0, 0.0, 0.0, 0.0],
+                [0.0, 1.0, 0.0, 0.0],
+                [0.0, 0.0, 1.0, 0.0],
+                [0.0, 0.0, 0.0, 1.0],
+            ],
+            series: [1; 16],
+            patient: 0,
+            number,
+            tr_ms: 1500.0,
+        }
+    }
+
+    #[test]
+    fn a_message_whose_voxels_do_not_fill_its_shape_is_no_volume() {
+        assert!(volume_of(message(1)).is_some());
+        let short = VolumeMessage {
+            shape: [1, 1, 2],
+            ..message(1)
+        };
+        assert!(volume_of(short).is_none());
+    }
+}

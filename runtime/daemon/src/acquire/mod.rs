@@ -8,6 +8,7 @@
 //! for room: files stay in the folder and are found again. Nothing waits for a listener.
 
 mod parser;
+mod plan;
 mod quarantine;
 pub(crate) mod run;
 mod sources;
@@ -15,8 +16,6 @@ mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::Read;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
@@ -24,9 +23,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
+use rtfmri::Mask;
 use rtfmri::glm::GlmSettings;
-use rtfmri::{Mask, NiftiError, events};
-use sha2::{Digest, Sha256};
 use wire::{FromAcquire, ParseReply, SessionMessage, Tier, TrialMessage, VolumeMessage};
 
 use self::quarantine::Quarantine;
@@ -49,7 +47,6 @@ const TICK: Duration = Duration::from_millis(100);
 const LOCK_WITHIN: Duration = Duration::from_secs(10);
 /// Runs of one session that are held; more means that series are being misread.
 const MAX_RUNS: usize = 32;
-const MAX_MASK_BYTES: u64 = 64 << 20;
 /// Files that are refused for one reason and named each; later ones are counted.
 const MAX_NAMED: u64 = 12;
 /// Reasons that are told apart when files are counted.
@@ -61,7 +58,7 @@ const MAX_REASONS: usize = 64;
 /// [`RoleError`] where it cannot start; what happens to a single file or run is a fault and no end.
 pub(crate) fn main(settings: &Settings, stop: &Arc<AtomicBool>) -> Result<(), RoleError> {
     let _lock = lock(settings)?;
-    let (mask, mask_sha256) = load_mask(settings)?;
+    let (mask, mask_sha256) = plan::load_mask(settings)?;
     let about = About {
         label: settings.label.clone(),
         subject: settings.subject.clone(),
@@ -105,70 +102,6 @@ fn lock(settings: &Settings) -> Result<Flock<File>, RoleError> {
         }
         thread::sleep(TICK);
     }
-}
-
-/// The mask, from the site or from the signed bundle, of as many voxels as the bundle maps; and the
-/// hash of its file.
-fn load_mask(settings: &Settings) -> Result<(Mask, String), RoleError> {
-    let unverified = bundle::open(&settings.bundle)?;
-    let subjects = &unverified.manifest().subjects;
-    let Some(subject) = subjects
-        .iter()
-        .find(|subject| subject.id == settings.subject)
-        .cloned()
-    else {
-        let known: Vec<&str> = subjects.iter().map(|subject| subject.id.as_str()).collect();
-        return Err(RoleError::Setting(format!(
-            "subject.id = {:?}: the bundle has {}",
-            settings.subject,
-            known.join(", ")
-        )));
-    };
-    let (place, bytes) = match (&settings.mask, &subject.mask) {
-        (Some(path), _) => {
-            let place = format!("subject.mask = {}", path.display());
-            let bytes = read_bounded(path, MAX_MASK_BYTES)
-                .map_err(|error| RoleError::Setting(format!("{place}: {error}")))?;
-            (place, bytes)
-        }
-        (None, Some(inside)) => {
-            let key = bundle::PublicKey::from_file(&settings.key)?;
-            (
-                format!("{inside} of the bundle"),
-                unverified.read_verified(&key, inside)?,
-            )
-        }
-        (None, None) => {
-            return Err(RoleError::Setting(format!(
-                "subject.mask is not set and the bundle carries no mask for {}",
-                subject.id
-            )));
-        }
-    };
-    let wrong = |reason: String| RoleError::Setting(format!("{place}: {reason}"));
-    let mask = Mask::from_nifti(&bytes).map_err(|error: NiftiError| wrong(chain(&error)))?;
-    if mask.len() as u64 != subject.voxels {
-        return Err(wrong(format!(
-            "expected {} voxels for {}, found {}",
-            subject.voxels,
-            subject.id,
-            mask.len()
-        )));
-    }
-    let hash = Sha256::digest(&bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    Ok((mask, hash))
-}
-
-fn read_bounded(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > limit {
-        return Err(std::io::Error::other(format!("more than {limit} bytes")));
-    }
-    Ok(bytes)
 }
 
 /// The role's state.
@@ -392,36 +325,23 @@ impl Acquire {
     /// a later change of the file does not change a run.
     fn plan_of_run(&mut self, index: u32) -> Plan {
         let mut plan = self.plan.clone();
-        match self.events_of_run(index) {
+        let seen = self.runs.values().filter(|run| run.saw_every_trial());
+        let number = u32::try_from(seen.count() + 1).unwrap_or(u32::MAX);
+        let path = plan::events_path(&self.settings.events, number);
+        let events = self
+            .session
+            .run_dir(index)
+            .map_err(|error| chain(&error))
+            .and_then(|dir| plan::events_of_run(&dir, &path));
+        match events {
             Ok(events) => plan.events = events,
             Err(reason) => self.fault(format!(
                 "Run {index} is recorded, but no trial of it can be decoded now: the events file {} \
                  {reason}",
-                self.settings.events.display()
+                path.display()
             )),
         }
         plan
-    }
-
-    fn events_of_run(&self, index: u32) -> Result<Vec<events::Event>, String> {
-        let kept = self
-            .session
-            .run_dir(index)
-            .map_err(|error| chain(&error))?
-            .join("events.tsv");
-        let path: PathBuf = if kept.is_file() {
-            kept.clone()
-        } else {
-            self.settings.events.clone()
-        };
-        let bytes = read_bounded(&path, events::MAX_LEN_BYTES as u64)
-            .map_err(|error| format!("cannot be read: {error}"))?;
-        let parsed =
-            events::parse(&bytes).map_err(|error| format!("is wrong: {}", chain(&error)))?;
-        if path != kept {
-            record::write_whole(&kept, &bytes).map_err(|error| chain(&error))?;
-        }
-        Ok(parsed)
     }
 
     /// Fits one trial of each run that has one to fit.

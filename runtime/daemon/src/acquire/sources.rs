@@ -13,9 +13,10 @@ use std::thread;
 
 use wire::ParseReply;
 
+use super::TICK;
 use super::parser::{Parser, ParserError};
+use super::plan::read_bounded;
 use super::watch::{Found, Notice, Watcher};
-use super::{TICK, read_bounded};
 use crate::logging::chain;
 use crate::record;
 use crate::roles::RoleError;

@@ -408,6 +408,11 @@ impl Run {
         }
     }
 
+    /// Whether every trial was decoded once.
+    pub(crate) fn saw_every_trial(&self) -> bool {
+        !self.state.events().is_empty() && self.state.waiting() == 0
+    }
+
     /// Whether a trial can be decoded now.
     pub(crate) fn is_due(&self) -> bool {
         self.state.due().is_some()

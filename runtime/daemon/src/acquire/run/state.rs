@@ -408,3 +408,160 @@ impl State {
 fn count(value: usize) -> u32 {
     u32::try_from(value).unwrap_or(u32::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rtfmri::glm::{Hrf, Noise};
+    use wire::VolumeMessage;
+
+    use super::*;
+    use crate::record::entry::StoredModel;
+
+    const VOXELS: usize = 5;
+    const VOLUMES: u32 = 50;
+
+    fn begun() -> State {
+        let tiers = TierPlan {
+            fast_s: Some(7.5),
+            slow_s: Some(20.0),
+            end: true,
+        };
+        let began = Began {
+            reference: VolumeMessage {
+                tr_ms: 1500.0,
+                ..crate::pipeline::tests::message(1)
+            },
+            voxels: u32::try_from(VOXELS).unwrap(),
+            model: StoredModel::of(&GlmSettings::new(1.0, Hrf::Glover, Noise::Ar1), tiers),
+            software: "test".into(),
+            at_ms: 0,
+        };
+        let table: String = (0..6)
+            .map(|trial| format!("{}\t3\tpicture{trial}\n", 4.5 + 9.0 * f64::from(trial)))
+            .collect();
+        let table = format!("onset\tduration\ttrial_type\n{table}");
+        State::begin(rtfmri::events::parse(table.as_bytes()).unwrap(), &began)
+    }
+
+    fn volume(frame: u32) -> RunEntry {
+        let voxels = (0..VOXELS).map(|voxel| {
+            // Any numbers that no design spans.
+            let mixed =
+                (frame * 31 + u32::try_from(voxel).unwrap() * 7).wrapping_mul(2_654_435_761);
+            1000.0 + f32::from(mixed.to_be_bytes()[0])
+        });
+        RunEntry::Volume(AlignedVolume {
+            frame,
+            motion: [0.0; 6],
+            voxels: voxels.collect(),
+            arrived_ms: u64::from(frame) * 1500,
+            file: [0; 16],
+        })
+    }
+
+    fn fit_all(state: &mut State) -> Vec<(Tier, usize)> {
+        let mut fitted = Vec::new();
+        while let Some((tier, trial)) = state.due() {
+            fitted.push((tier, trial));
+            let stored = state.fit(tier, trial, 0);
+            let _ = state.take(1, RunEntry::Trial(stored));
+        }
+        fitted
+    }
+
+    fn ended() -> RunEntry {
+        RunEntry::Ended {
+            end: RunEnd::Complete,
+            at_ms: 0,
+        }
+    }
+
+    /// Every volume in order, trials as soon as they are due.
+    fn in_order() -> State {
+        let mut state = begun();
+        for frame in 0..VOLUMES {
+            let _ = state.take(1, volume(frame));
+            fit_all(&mut state);
+        }
+        let _ = state.take(1, ended());
+        fit_all(&mut state);
+        state
+    }
+
+    #[test]
+    fn every_trial_is_decoded_early_later_and_at_the_end() {
+        let state = in_order();
+        for tier in Tier::ALL {
+            let [betas, zbetas] = state.arrays(tier);
+            assert_eq!(betas.len(), 6, "{tier}");
+            assert!(zbetas.iter().all(Option::is_some), "{tier}");
+        }
+        let [fast, _] = state.arrays(Tier::Fast);
+        let [end, _] = state.arrays(Tier::End);
+        assert_ne!(fast, end);
+        assert_eq!(state.messages(1).len(), 18);
+    }
+
+    #[test]
+    fn a_trial_waits_for_a_hole_until_it_is_given_up() {
+        let mut state = begun();
+        for frame in (0..20).filter(|frame| *frame != 5) {
+            let _ = state.take(1, volume(frame));
+        }
+        assert_eq!(state.due(), None);
+        let lost = RunEntry::Lost { frame: 5, at_ms: 0 };
+        let _ = state.take(1, lost);
+        assert_eq!(state.due(), Some((Tier::Fast, 0)));
+        assert_eq!(state.fit(Tier::Fast, 0, 0).missing, 1);
+        // A late volume is used from then on.
+        let _ = state.take(1, volume(5));
+        assert_eq!(state.fit(Tier::Fast, 0, 0).missing, 0);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn the_order_in_which_volumes_come_changes_no_beta(
+            order in Just((0..VOLUMES).collect::<Vec<_>>()).prop_shuffle(),
+            doubles in prop::collection::vec(0..VOLUMES, 0..10),
+        ) {
+            let expected = in_order();
+            let mut state = begun();
+            for frame in order.into_iter().chain(doubles) {
+                let _ = state.take(1, volume(frame));
+                fit_all(&mut state);
+            }
+            let _ = state.take(1, ended());
+            fit_all(&mut state);
+            for tier in Tier::ALL {
+                prop_assert_eq!(state.arrays(tier), expected.arrays(tier));
+            }
+        }
+
+        #[test]
+        fn whatever_a_log_says_is_no_panic(
+            entries in prop::collection::vec((0_u8..5, 0_u32..60, 0_usize..8), 0..80),
+        ) {
+            let mut state = begun();
+            for (kind, frame, voxels) in entries {
+                let entry = match kind {
+                    0 => volume(frame),
+                    1 => RunEntry::Lost { frame, at_ms: 0 },
+                    2 => ended(),
+                    3 => RunEntry::Refused { number: frame, reason: "no".into(), at_ms: 0 },
+                    _ => RunEntry::Trial(StoredTrial {
+                        trial: frame,
+                        tier: Tier::ALL[voxels % 3],
+                        volumes: 1,
+                        missing: 0,
+                        betas: Ok(vec![1.0; voxels]),
+                        at_ms: 0,
+                    }),
+                };
+                let _ = state.take(1, entry);
+                let _ = state.due().map(|(tier, trial)| state.fit(tier, trial, 0));
+            }
+        }
+    }
+}

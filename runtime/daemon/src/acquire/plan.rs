@@ -1,0 +1,126 @@
+//! What a session and a run are about, read from files: the mask, and each run's events.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use bundle::PublicKey;
+use rtfmri::{Mask, NiftiError, events};
+use sha2::{Digest, Sha256};
+
+use crate::logging::chain;
+use crate::record;
+use crate::roles::RoleError;
+use crate::settings::Settings;
+
+const MAX_MASK_BYTES: u64 = 64 << 20;
+
+/// The mask, from the site or from the signed bundle, of as many voxels as the bundle maps; and the
+/// hash of its file.
+pub(super) fn load_mask(settings: &Settings) -> Result<(Mask, String), RoleError> {
+    let unverified = bundle::open(&settings.bundle)?;
+    let subjects = &unverified.manifest().subjects;
+    let Some(subject) = subjects
+        .iter()
+        .find(|subject| subject.id == settings.subject)
+        .cloned()
+    else {
+        let known: Vec<&str> = subjects.iter().map(|subject| subject.id.as_str()).collect();
+        return Err(RoleError::Setting(format!(
+            "subject.id = {:?}: the bundle has {}",
+            settings.subject,
+            known.join(", ")
+        )));
+    };
+    let (place, bytes) = match (&settings.mask, &subject.mask) {
+        (Some(path), _) => {
+            let place = format!("subject.mask = {}", path.display());
+            let bytes = read_bounded(path, MAX_MASK_BYTES)
+                .map_err(|error| RoleError::Setting(format!("{place}: {error}")))?;
+            (place, bytes)
+        }
+        (None, Some(inside)) => {
+            let key = PublicKey::from_file(&settings.key)?;
+            (
+                format!("{inside} of the bundle"),
+                unverified.read_verified(&key, inside)?,
+            )
+        }
+        (None, None) => {
+            return Err(RoleError::Setting(format!(
+                "subject.mask is not set and the bundle carries no mask for {}",
+                subject.id
+            )));
+        }
+    };
+    let wrong = |reason: String| RoleError::Setting(format!("{place}: {reason}"));
+    let mask = Mask::from_nifti(&bytes).map_err(|error: NiftiError| wrong(chain(&error)))?;
+    if mask.len() as u64 != subject.voxels {
+        return Err(wrong(format!(
+            "expected {} voxels for {}, found {}",
+            subject.voxels,
+            subject.id,
+            mask.len()
+        )));
+    }
+    let hash = Sha256::digest(&bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    Ok((mask, hash))
+}
+
+pub(super) fn read_bounded(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(std::io::Error::other(format!("more than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// The events file of a run.
+///
+/// - `number`: of the run among those that are seen through, from 1: a run that was aborted and
+///   started again has the same events.
+///
+/// `{run}` in the file's name stands for the number, `{run:02}` for the number with two digits.
+pub(super) fn events_path(setting: &Path, number: u32) -> PathBuf {
+    match setting.to_str() {
+        Some(text) if text.contains("{run") => text
+            .replace("{run:02}", &format!("{number:02}"))
+            .replace("{run}", &number.to_string())
+            .into(),
+        _ => setting.to_owned(),
+    }
+}
+
+/// A run's events: as they are on record, else as they are now, and on record from here on.
+///
+/// # Errors
+/// Why they cannot be used, as a sentence's end.
+pub(super) fn events_of_run(dir: &Path, path: &Path) -> Result<Vec<events::Event>, String> {
+    let kept = dir.join("events.tsv");
+    let recorded = kept.is_file();
+    let path = if recorded { &kept } else { path };
+    let bytes = read_bounded(path, events::MAX_LEN_BYTES as u64)
+        .map_err(|error| format!("cannot be read: {error}"))?;
+    let parsed = events::parse(&bytes).map_err(|error| format!("is wrong: {}", chain(&error)))?;
+    if !recorded {
+        record::write_whole(&kept, &bytes).map_err(|error| chain(&error))?;
+    }
+    Ok(parsed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_run_has_the_events_of_its_number() {
+        let path = |setting: &str| events_path(Path::new(setting), 3);
+        assert_eq!(path("events.tsv"), Path::new("events.tsv"));
+        assert_eq!(path("run-{run}.tsv"), Path::new("run-3.tsv"));
+        assert_eq!(path("ses/run-{run:02}.tsv"), Path::new("ses/run-03.tsv"));
+    }
+}
