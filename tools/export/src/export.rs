@@ -465,7 +465,7 @@ fn write_stages(
     let mut stages = Vec::new();
     for (index, (stage, mut written)) in planned.iter_mut().zip(weights).enumerate() {
         let audited = match auditor.as_deref_mut() {
-            Some(auditor) => Some(look(auditor, index, stage, &mut written, writer)?),
+            Some(auditor) => Some(look(auditor, index, stage, &mut written, writer, say)?),
             None => None,
         };
         if let Some(audited) = &audited {
@@ -521,6 +521,7 @@ fn look(
     stage: &mut Planned<'_>,
     written: &mut Vec<Written>,
     writer: &mut BundleWriter,
+    say: &mut dyn FnMut(&str),
 ) -> Result<Audited, ExportError> {
     let path = stage.place.paths().1;
     // Numbers were checked when they were written first.
@@ -542,7 +543,7 @@ fn look(
         let places = weights::write(&auditor.missing(index, &held), &mut file, &mut problems)?;
         writer.close(file)?;
         writer.settle()?;
-        let verdict = auditor.look(index, &held, (PASSING, &places));
+        let verdict = auditor.look(index, &held, (PASSING, &places), say);
         writer.remove(PASSING)?;
         match verdict? {
             Verdict::Done(audited) => return Ok(*audited),

@@ -120,7 +120,7 @@ fn decoded(bundle: &Bundle, rounded: bool) -> ArrayD<f32> {
         session_seed: 1234,
         run: 1,
         trial: 1,
-        tier: Tier::Final,
+        tier: Tier::End,
     };
     let latents = Noise::new(key, Stream::Unclip).draw(&[2, 4, 16, 16]) / 0.13025;
     let inputs = [("latent", latents.view())];

@@ -50,7 +50,6 @@ mod tests;
 use choice::{beyond_range, candidates, half_weights};
 pub use islands::Islands;
 use probes::{Chain, Inputs};
-use range::Order;
 use record::{Quality, label, quality, record};
 pub use shipped::{RewriteError, emulated};
 pub use widen::{Rounding, widen};
@@ -59,7 +58,7 @@ pub use widen::{Rounding, widen};
 pub const HEADROOM: f32 = 8.0;
 /// Longest side of latents while networks are looked at.
 pub const MAX_LATENT: u64 = 32;
-/// Values of a network that may all be kept while it is looked at, at batch 1.
+/// Values of a network that may be kept together while it is looked at, at batch 1.
 const MAX_KEPT_BYTES: u64 = 256 << 20;
 /// Runs that the search for a small set of nodes may take.
 const BUDGET: usize = 64;
@@ -209,9 +208,10 @@ impl<'c> Auditor<'c> {
         index: usize,
         held: &Held<'_>,
         passing: (&str, &[Written]),
+        say: &mut dyn FnMut(&str),
     ) -> Result<Verdict, AuditError> {
         let typed = self.typed(index, held);
-        let reference = self.reference(index, held, passing, &typed)?;
+        let reference = self.reference(index, held, passing, &typed, say)?;
         let mut islands = Islands {
             values: beyond_range(&typed, &reference.largest, held.wide),
             weights: held.wide.clone(),
@@ -284,6 +284,7 @@ impl<'c> Auditor<'c> {
         held: &Held<'_>,
         passing: (&str, &[Written]),
         typed: &ModelProto,
+        say: &mut dyn FnMut(&str),
     ) -> Result<Reference, AuditError> {
         let Planned { place, graph } = &self.wide[index];
         let mut model = reference::model(graph, held, passing);
@@ -292,16 +293,25 @@ impl<'c> Auditor<'c> {
         let vocabulary = |input: &str| reference::rows_read_by(proto, input);
         let values = self.chain.inputs(place, &inputs, &vocabulary);
         widen(proto, Rounding::None);
-        let order = if graph.made_bytes() > MAX_KEPT_BYTES {
-            Order::Forced
-        } else {
-            Order::Free
-        };
-        let probed = range::probe(proto, order);
-        let mut spec = spec(place, inputs, outputs);
-        spec.outputs.extend(probed.specs());
-        let mut outputs = self.run(place, &spec, &model, &values)?.outputs;
-        let found = probed.take(&mut outputs);
+        let passes = range::passes(range::measured(proto), &graph.value_bytes(), MAX_KEPT_BYTES);
+        let (mut outputs_of_network, mut found) = (BTreeMap::new(), Vec::new());
+        let all = passes.len();
+        for (pass, values_of_pass) in passes.into_iter().enumerate() {
+            if all > 1 {
+                say(&format!(
+                    "{}: looking at its values, run {} of {all}",
+                    place.label(),
+                    pass + 1
+                ));
+            }
+            let mut model = model.clone();
+            let probed = range::probe(model.graph.get_or_insert_default(), values_of_pass);
+            let mut spec = spec(place, inputs.clone(), outputs.clone());
+            spec.outputs.extend(probed.specs());
+            let mut called = self.run(place, &spec, &model, &values)?.outputs;
+            found.extend(probed.take(&mut called));
+            outputs_of_network = called;
+        }
         let typed = typed.graph.as_ref();
         let mut largest = BTreeMap::new();
         for magnitude in found {
@@ -328,7 +338,7 @@ impl<'c> Auditor<'c> {
         }
         Ok(Reference {
             inputs: values,
-            outputs,
+            outputs: outputs_of_network,
             largest: typed.map_or_else(HashMap::new, |graph| range::spread(graph, largest)),
         })
     }

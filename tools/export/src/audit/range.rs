@@ -1,135 +1,104 @@
 //! The largest magnitude of every value of a network, found while it runs.
 //!
 //! Each operator that makes new numbers gets two reductions over its result, the largest magnitude
-//! and a sum that is no number where one of its terms is none. Left to itself ONNX Runtime puts the
-//! reductions off to the end and keeps every value till then, which is the quickest for small
-//! networks ([`Order::Free`]). In large ones whoever reads a value reads it through a Reshape to its
-//! own shape, to which a zero made from its sum was added ([`Order::Forced`]): the reductions come
-//! first, nothing is copied, and the run takes no more memory than the network does; opening the
-//! graph takes longer.
+//! and a sum that is no number where one of its terms is none. ONNX Runtime puts reductions off to
+//! the end of a run and keeps every value that they read till then, so a large network runs several
+//! times, each time with the reductions of a part of its values ([`passes`]). Doing all at once in a
+//! set order, by making whoever reads a value wait for its reductions, was tried: the graph has
+//! thirteen times the nodes, and to open it takes ONNX Runtime longer than all the runs.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-use bundle::{DType, Dim, TensorSpec};
+use bundle::{DType, TensorSpec};
 use ndarray::ArrayD;
 
 use super::types::Types;
 use crate::onnx::{
-    AttributeProto, DimensionProto, GraphProto, NodeProto, TensorProto, TensorShapeProto,
-    TensorTypeProto, TypeProto, ValueInfoProto, element,
+    AttributeProto, GraphProto, NodeProto, TensorShapeProto, TensorTypeProto, TypeProto,
+    ValueInfoProto, element,
 };
 
-/// Output of largest magnitude and sum in turn, `[2 * value]`.
-const PROBES: &str = "audit/probes";
+/// Names of the values of an fp32 graph that hold new numbers, in the order they are made.
+pub(super) fn measured(graph: &GraphProto) -> Vec<String> {
+    let types = Types::of(graph, &std::collections::BTreeSet::new());
+    let weights: HashSet<&str> = graph
+        .initializer
+        .iter()
+        .map(|tensor| tensor.name.as_str())
+        .collect();
+    let mut values = Vec::new();
+    for node in &graph.node {
+        let weight_only = node.op_type == "Cast" && weights.contains(node.input[0].as_str());
+        if follows(node) || weight_only {
+            continue;
+        }
+        let floats = node.output.iter().filter(|output| types.is_float(output));
+        values.extend(floats.cloned());
+    }
+    values
+}
 
-/// When the reductions run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Order {
-    /// When the runtime likes: all values may be kept till the end.
-    Free,
-    /// Before anybody reads the value.
-    Forced,
+/// The values in groups that may be kept all together.
+///
+/// - `bytes`: of each value, by name; what is not there is taken to be small.
+/// - `limit`: of a group, bytes; a value beyond it is a group of its own.
+pub(super) fn passes(
+    values: Vec<String>,
+    bytes: &HashMap<&str, u64>,
+    limit: u64,
+) -> Vec<Vec<String>> {
+    let mut groups: Vec<Vec<String>> = Vec::new();
+    let mut held = u64::MAX;
+    for value in values {
+        let len = bytes.get(value.as_str()).copied().unwrap_or_default();
+        held = held.saturating_add(len);
+        match groups.last_mut() {
+            Some(group) if held <= limit => group.push(value),
+            _ => {
+                held = len;
+                groups.push(vec![value]);
+            }
+        }
+    }
+    groups
 }
 
 /// Values that are probed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Probed {
     /// Names.
-    pub(super) values: Vec<String>,
-    order: Order,
+    values: Vec<String>,
 }
 
-/// Adds the reductions to an fp32 graph.
-pub(super) fn probe(graph: &mut GraphProto, order: Order) -> Probed {
-    let types = Types::of(graph, &std::collections::BTreeSet::new());
-    let stored: Vec<&str> = graph
-        .initializer
-        .iter()
-        .map(|tensor| tensor.name.as_str())
-        .collect();
-    let weights: std::collections::HashSet<&str> = stored.into_iter().collect();
-    let (one, none) = ("audit/one", "audit/none");
-    let mut probed = Probed {
-        values: Vec::new(),
-        order,
-    };
-    let mut nodes = Vec::with_capacity(graph.node.len() * 8);
-    let mut gathered = Vec::new();
-    for mut node in std::mem::take(&mut graph.node) {
-        let weight_only = node.op_type == "Cast" && weights.contains(node.input[0].as_str());
-        let measured = !follows(&node) && !weight_only;
-        let mut after = Vec::new();
-        for output in &mut node.output {
-            if !measured || !types.is_float(output) {
-                continue;
-            }
-            let name = output.clone();
-            if order == Order::Forced {
-                *output = format!("{name}/made");
-            }
+/// Adds the reductions of some of its values to an fp32 graph.
+pub(super) fn probe(graph: &mut GraphProto, values: Vec<String>) -> Probed {
+    let wanted: HashSet<&str> = values.iter().map(String::as_str).collect();
+    let mut nodes = Vec::with_capacity(graph.node.len() + 3 * values.len());
+    for node in std::mem::take(&mut graph.node) {
+        let made: Vec<String> = node
+            .output
+            .iter()
+            .filter(|name| wanted.contains(name.as_str()))
+            .cloned()
+            .collect();
+        nodes.push(node);
+        for name in made {
             let at = |part: &str| format!("{name}/{part}");
             let reduction = |op: &str, from: &str, to: &str| NodeProto {
                 attribute: vec![AttributeProto::int("keepdims", 0)],
                 ..plain(op, &[from], to)
             };
-            after.extend([
-                plain("Abs", &[output], &at("magnitudes")),
+            nodes.extend([
+                plain("Abs", &[&name], &at("magnitudes")),
                 reduction("ReduceMax", &at("magnitudes"), &at("largest")),
-                reduction("ReduceSum", output, &at("sum")),
+                reduction("ReduceSum", &name, &at("sum")),
             ]);
-            probed.values.push(name.clone());
-            if order == Order::Free {
-                graph.output.push(tensor(&at("largest"), Vec::new()));
-                graph.output.push(tensor(&at("sum"), Vec::new()));
-                continue;
-            }
-            after.extend([
-                plain("Reshape", &[&at("largest"), one], &at("largest_row")),
-                plain("Reshape", &[&at("sum"), one], &at("sum_row")),
-                plain("Concat", &[&at("largest_row"), &at("sum_row")], &at("both")),
-                plain("IsNaN", &[&at("both")], &at("is_nan")),
-                super::widen::cast(&at("is_nan"), &at("is_nan_int"), element::INT64),
-                NodeProto {
-                    attribute: vec![AttributeProto::int("keepdims", 1)],
-                    ..plain("ReduceMax", &[&at("is_nan_int")], &at("flag"))
-                },
-                plain("Mul", &[&at("flag"), none], &at("nothing")),
-                plain("Shape", &[output], &at("shape")),
-                plain("Add", &[&at("shape"), &at("nothing")], &at("same_shape")),
-                plain("Reshape", &[output, &at("same_shape")], &name),
-            ]);
-            gathered.push(at("both"));
+            graph.output.push(number(&at("largest")));
+            graph.output.push(number(&at("sum")));
         }
-        nodes.push(node);
-        nodes.extend(after);
-    }
-    if order == Order::Free {
-        graph.node = nodes;
-        return probed;
-    }
-    let rows: Vec<&str> = gathered.iter().map(String::as_str).collect();
-    nodes.push(plain("Concat", &rows, PROBES));
-    for node in nodes.iter_mut().filter(|node| node.op_type == "Concat") {
-        if node.attribute.is_empty() {
-            node.attribute = vec![AttributeProto::int("axis", 0)];
-        }
-    }
-    let len = DimensionProto {
-        dim_value: i64::try_from(2 * rows.len()).ok(),
-        dim_param: None,
-    };
-    graph.output.push(tensor(PROBES, vec![len]));
-    for (name, value) in [(one, 1_i64), (none, 0)] {
-        graph.initializer.push(TensorProto {
-            dims: vec![1],
-            data_type: element::INT64,
-            name: name.into(),
-            raw_data: Some(value.to_le_bytes().to_vec()),
-            ..TensorProto::default()
-        });
     }
     graph.node = nodes;
-    probed
+    Probed { values }
 }
 
 fn plain(op: &str, inputs: &[&str], output: &str) -> NodeProto {
@@ -142,13 +111,14 @@ fn plain(op: &str, inputs: &[&str], output: &str) -> NodeProto {
     }
 }
 
-fn tensor(name: &str, dim: Vec<DimensionProto>) -> ValueInfoProto {
+/// An output of one number.
+fn number(name: &str) -> ValueInfoProto {
     ValueInfoProto {
         name: name.into(),
         r#type: Some(TypeProto {
             tensor_type: Some(TensorTypeProto {
                 elem_type: element::FLOAT,
-                shape: Some(TensorShapeProto { dim }),
+                shape: Some(TensorShapeProto { dim: Vec::new() }),
             }),
         }),
     }
@@ -157,22 +127,13 @@ fn tensor(name: &str, dim: Vec<DimensionProto>) -> ValueInfoProto {
 impl Probed {
     /// What the added outputs are to those who call the graph.
     pub(super) fn specs(&self) -> Vec<TensorSpec> {
-        let spec = |name: String, shape: Vec<Dim>| TensorSpec {
+        let spec = |name: String| TensorSpec {
             name,
             dtype: DType::F32,
-            shape,
+            shape: Vec::new(),
         };
-        match self.order {
-            Order::Forced => {
-                let len = Dim::Fixed(2 * self.values.len() as u64);
-                vec![spec(PROBES.into(), vec![len])]
-            }
-            Order::Free => {
-                let parts = ["largest", "sum"];
-                let of = |value: &String| parts.map(|part| spec(format!("{value}/{part}"), vec![]));
-                self.values.iter().flat_map(of).collect()
-            }
-        }
+        let of = |value: &String| ["largest", "sum"].map(|part| spec(format!("{value}/{part}")));
+        self.values.iter().flat_map(of).collect()
     }
 
     /// Takes the added outputs from a call's results.

@@ -233,7 +233,7 @@ fn handover_row(
         session_seed: 1,
         run: 1,
         trial: 1,
-        tier: Tier::Final,
+        tier: Tier::End,
     };
     let mut finals = Vec::new();
     for decoder in [through_latent, through_picture] {

@@ -17,10 +17,13 @@ pub(super) fn len_bytes(value: &Value) -> u64 {
 }
 
 impl Graph<'_> {
-    /// Bytes of all values that nodes make at batch 1, as if none were dropped.
+    /// Bytes of every value that a node makes, at batch 1, by name.
     #[must_use]
-    pub fn made_bytes(&self) -> u64 {
-        self.node_bytes.iter().sum()
+    pub fn value_bytes(&self) -> HashMap<&str, u64> {
+        let nodes = self.nodes.iter().zip(&self.node_bytes);
+        nodes
+            .flat_map(|(node, &len)| node.output.iter().map(move |name| (name.as_str(), len)))
+            .collect()
     }
 
     /// Bytes of the values alive at once at batch 1, inputs included, weights not: nodes run in
