@@ -123,7 +123,7 @@ pub(crate) fn fit_trial(
 ) -> Result<Array1<f64>, GlmError> {
     // The voxels were sampled where the head was: motion as confounds on top takes signal away
     // (measured on the reference session: pattern correlation 0.69 with, 0.76 without).
-    glm::fit_trial(settings, events, trial, frames, series, None)
+    glm::fit_trial(settings, events, trial, frames, series, None).map(|fit| fit.betas)
 }
 
 /// What a trial's noise is drawn by: the same trial at another decode time has other noise.

@@ -1,12 +1,14 @@
 //! The stimulus list of a run: a BIDS `events.tsv`.
 //!
 //! Tab-separated, first line the column names; `onset` and `duration` in seconds from
-//! the first volume, `trial_type` a name. Other columns are allowed and not read.
+//! the first volume, `trial_type` a name. A column `stim_file` is read where there is one: it
+//! tells which trials show the same stimulus. Other columns are allowed and not read.
 //! Rows may come in any order and are returned by onset, equal onsets in file order:
 //! BIDS recommends sorted rows but does not demand them, and the order carries no
 //! information that the onset does not. A negative onset (a stimulus before the first
 //! volume) is BIDS and is kept.
-//! A missing value (`n/a`) in a column we use is an error, never a guess.
+//! A missing value (`n/a`) in a column we use is an error, never a guess, but in `stim_file`:
+//! there it says that the trial shows no file.
 
 use thiserror::Error;
 
@@ -24,6 +26,26 @@ pub struct Event {
     pub duration_s: f64,
     /// Name of the condition.
     pub trial_type: String,
+    /// Name of the stimulus file, where the events name one.
+    pub stimulus: Option<String>,
+}
+
+impl Event {
+    /// An event that names no stimulus file.
+    pub fn new(onset_s: f64, duration_s: f64, trial_type: impl Into<String>) -> Self {
+        Self {
+            onset_s,
+            duration_s,
+            trial_type: trial_type.into(),
+            stimulus: None,
+        }
+    }
+
+    /// What was shown: trials of the same name repeat one another.
+    #[must_use]
+    pub fn stimulus_name(&self) -> &str {
+        self.stimulus.as_deref().unwrap_or(&self.trial_type)
+    }
 }
 
 /// Why an events file was refused. Lines count from 1, the header included.
@@ -93,6 +115,11 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<Event>, EventsError> {
     let onset = find_column(header, "onset")?;
     let duration = find_column(header, "duration")?;
     let trial_type = find_column(header, "trial_type")?;
+    let stimulus = match find_column(header, "stim_file") {
+        Ok(column) => Some(column),
+        Err(EventsError::MissingColumn { .. }) => None,
+        Err(error) => return Err(error),
+    };
 
     let mut events = Vec::new();
     let mut record = csv::StringRecord::new();
@@ -125,6 +152,10 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<Event>, EventsError> {
             onset_s,
             duration_s,
             trial_type: trial_type.to_owned(),
+            stimulus: stimulus
+                .map(field)
+                .filter(|name| !name.is_empty() && *name != "n/a")
+                .map(str::to_owned),
         });
     }
     events.sort_by(|a, b| a.onset_s.total_cmp(&b.onset_s));
@@ -226,6 +257,19 @@ mod tests {
             assert!(text.starts_with(&start), "{text}");
             assert!(text.ends_with(&format!("`{found}`")), "{text}");
         }
+    }
+
+    #[test]
+    fn stimulus_file_names_what_was_shown_where_there_is_one() {
+        let text = "stim_file\tonset\tduration\ttrial_type\n\
+                    cat.png\t0\t3\timage\nn/a\t4\t3\tblank\n";
+        let events = parse(text.as_bytes()).unwrap();
+        assert_eq!(events[0].stimulus.as_deref(), Some("cat.png"));
+        assert_eq!(events[0].stimulus_name(), "cat.png");
+        assert_eq!(events[1].stimulus, None);
+        assert_eq!(events[1].stimulus_name(), "blank");
+        let twice = message("onset\tduration\ttrial_type\tstim_file\tstim_file\n");
+        assert!(twice.contains("`stim_file`"), "{twice}");
     }
 
     #[test]

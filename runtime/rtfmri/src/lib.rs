@@ -6,6 +6,7 @@
 //! masked volumes into one beta per voxel, z-scored over trials ([`zscore`]).
 //! There is no file, no clock and no thread in this crate.
 
+pub mod confounds;
 pub mod dicom;
 pub mod events;
 pub mod glm;
@@ -13,6 +14,7 @@ pub mod mask;
 pub mod mosaic;
 pub mod motion;
 pub mod nifti;
+pub mod nifti_run;
 mod spline;
 pub mod volume;
 pub mod zscore;

@@ -72,14 +72,36 @@ impl Design {
         confounds: Option<ArrayView2<'_, f64>>,
     ) -> Result<Self, GlmError> {
         settings.check()?;
-        let probe = events.get(trial).ok_or(GlmError::NoSuchTrial {
-            trial,
-            events: events.len(),
-        })?;
+        let probe = find(events, trial)?;
+        let volumes = volumes_needed(probe.onset_s, settings.tr_s, settings.delay_s);
+        Self::build_at(settings, events, trial, volumes, frames, confounds)
+    }
+
+    /// Makes the design of `events[trial]` at any later time of the run.
+    ///
+    /// - `volumes`: volumes of the run so far, missing ones included; see
+    ///   [`DecodeTimes::volumes`](super::DecodeTimes::volumes). Every trial begun by the last of
+    ///   them is in the design.
+    ///
+    /// The other arguments and the errors are those of [`Design::build`]; the share of missing
+    /// volumes is that of the same window, from the onset to `settings.delay_s` after it: later
+    /// volumes do not make up for a peak that nobody saw.
+    ///
+    /// # Errors
+    /// [`GlmError`].
+    pub fn build_at(
+        settings: &GlmSettings,
+        events: &[Event],
+        trial: usize,
+        volumes: usize,
+        frames: &[usize],
+        confounds: Option<ArrayView2<'_, f64>>,
+    ) -> Result<Self, GlmError> {
+        settings.check()?;
+        let probe = find(events, trial)?;
         check_events(events)?;
         check_frames(frames, confounds)?;
 
-        let volumes = volumes_needed(probe.onset_s, settings.tr_s, settings.delay_s);
         let rows = frames.partition_point(|&frame| frame < volumes);
         let frames = &frames[..rows];
         if rows < 2 {
@@ -157,6 +179,13 @@ impl CosineDrift {
     }
 }
 
+fn find(events: &[Event], trial: usize) -> Result<&Event, GlmError> {
+    events.get(trial).ok_or(GlmError::NoSuchTrial {
+        trial,
+        events: events.len(),
+    })
+}
+
 fn check_events(events: &[Event]) -> Result<(), GlmError> {
     let usable = |event: &Event| {
         event.onset_s.is_finite() && event.duration_s.is_finite() && event.duration_s >= 0.0
@@ -200,7 +229,8 @@ fn check_frames(frames: &[usize], confounds: Option<ArrayView2<'_, f64>>) -> Res
     }
 }
 
-/// Counts the volumes missing from the first at or after the onset to the last used.
+/// Counts the volumes missing from the first at or after the onset to the last used or the
+/// last of the delay, whichever is earlier.
 fn check_window(
     settings: &GlmSettings,
     probe: &Event,
@@ -208,8 +238,11 @@ fn check_window(
     frames: &[usize],
 ) -> Result<(), GlmError> {
     let first = floor_index((probe.onset_s / settings.tr_s).ceil()).min(volumes);
-    let window = volumes - first;
-    let present = frames.len() - frames.partition_point(|&frame| frame < first);
+    let peak = volumes_needed(probe.onset_s, settings.tr_s, settings.delay_s);
+    let end = volumes.min(peak).max(first);
+    let window = end - first;
+    let before = |end| frames.partition_point(|&frame| frame < end);
+    let present = before(end) - before(first);
     let missing = window - present;
     if missing as f64 > settings.max_missing_share * window as f64 {
         return Err(GlmError::MissingVolumes {

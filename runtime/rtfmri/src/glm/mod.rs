@@ -1,25 +1,31 @@
 //! The single-trial general linear model.
 //!
-//! Each trial is fitted once, as soon as its response has been seen: at its onset plus
-//! [`GlmSettings::delay_s`]. The model is least squares, single (Mumford et al. 2012):
-//! one regressor for this trial (`probe`), one for every other trial begun by then
-//! (`reference`), the confounds, slow cosines and a constant. In order:
+//! Each trial is fitted as soon as its response has been seen, at its onset plus
+//! [`GlmSettings::delay_s`], and again with the volumes of later times ([`DecodeTimes`]). The
+//! model is least squares, single (Mumford et al. 2012): one regressor for this trial
+//! (`probe`), one for every other trial begun by then (`reference`), the confounds, slow
+//! cosines and a constant. In order:
 //!
-//! 1. [`volumes_needed`] says when the trial can be fitted;
+//! 1. [`volumes_needed`] or [`DecodeTimes::volumes`] says when the trial can be fitted;
 //! 2. [`Design::build`] makes the regressors at the acquired frames ([`Hrf`]);
-//! 3. [`fit_trial`] solves for the probe at every voxel at once, with white or
-//!    first-order autoregressive noise ([`Noise`]).
+//! 3. [`Design::fit`] solves for the probe at every voxel at once, with white or
+//!    first-order autoregressive noise ([`Noise`]); [`fit_trial`] does both.
 //!
 //! Numbers follow nilearn 0.14 (`make_first_level_design_matrix`, `run_glm`).
 
+mod basis;
+mod decode_time;
 mod design;
 mod fit;
 mod hrf;
+#[cfg(test)]
+mod reference;
 
 use thiserror::Error;
 
+pub use decode_time::{DecodeTime, DecodeTimes, RunLength};
 pub use design::{Design, Regressor};
-pub use fit::fit_trial;
+pub use fit::{TrialFit, fit_trial};
 pub use hrf::Hrf;
 
 /// How the noise of one voxel hangs together in time.
@@ -86,7 +92,7 @@ impl GlmSettings {
 }
 
 /// Why a trial was not fitted.
-#[derive(Debug, Error, PartialEq)]
+#[derive(Debug, Clone, Error, PartialEq)]
 pub enum GlmError {
     /// A setting is outside its range.
     #[error("{field} = {found} is outside {low}..={high}")]
@@ -134,6 +140,16 @@ pub enum GlmError {
         /// Frames given.
         expected: usize,
         /// Rows found.
+        found: usize,
+    },
+    /// A volume has another number of voxels than the first.
+    #[error("the volume of frame {frame} has {found} voxels, the first has {expected}")]
+    Voxels {
+        /// Frame number.
+        frame: usize,
+        /// Voxels of the first volume.
+        expected: usize,
+        /// Voxels of this one.
         found: usize,
     },
     /// A confound is NaN or infinite.

@@ -48,7 +48,7 @@ impl Run {
                 self.series.view(),
                 Some(self.confounds.view()),
             );
-            row.assign(&fitted.unwrap());
+            row.assign(&fitted.unwrap().betas);
         }
         betas
     }
@@ -173,11 +173,7 @@ fn single_event_regressors_equal_nilearn() {
     let frames: Vec<usize> = (0..expected.nrows()).collect();
     for (response, (name, hrf)) in RESPONSES.into_iter().enumerate() {
         for (case, (onset_s, duration_s)) in cases.into_iter().enumerate() {
-            let event = Event {
-                onset_s,
-                duration_s,
-                trial_type: "a".to_owned(),
-            };
+            let event = Event::new(onset_s, duration_s, "a");
             let mut settings = GlmSettings::new(TR_S, hrf, Noise::Ols);
             // Late enough that every frame of the example is used, and not one more.
             #[expect(clippy::cast_precision_loss, reason = "a few dozen frames")]

@@ -52,8 +52,8 @@ fn recovery(
         let frames: Vec<usize> = (0..acquired).collect();
         let seen = series.slice(ndarray::s![..acquired, ..]);
         let confounds = confounds.map(|c| c.slice(ndarray::s![..acquired, ..]));
-        let betas = fit_trial(&settings, &events, trial, &frames, seen, confounds).unwrap();
-        correlation(betas.view(), truth.row(trial))
+        let fit = fit_trial(&settings, &events, trial, &frames, seen, confounds).unwrap();
+        correlation(fit.betas.view(), truth.row(trial))
     });
     by_trial.collect::<Array1<f64>>().mean().unwrap()
 }
