@@ -5,6 +5,7 @@
 
 mod acquire;
 mod bench;
+mod betas;
 mod decode;
 mod link;
 mod logging;
@@ -52,6 +53,7 @@ enum Command {
     Reconstruct(reconstruct::Arguments),
     /// Run a recorded session again and compare: same betas to the bit, same pictures to the byte
     Replay(replay::Arguments),
+    Betas(betas::Arguments),
     /// Measure time and memory of every stage of a bundle on this machine
     Bench(bench::Arguments),
     /// One role as its own process; started by `run` or by systemd
@@ -91,6 +93,7 @@ fn main() -> ExitCode {
         Command::Simulate(arguments) => simulate::main(&arguments),
         Command::Reconstruct(arguments) => reconstruct::main(&arguments),
         Command::Replay(arguments) => replay::main(&arguments),
+        Command::Betas(arguments) => betas::main(&arguments),
         Command::Bench(arguments) => bench::main(&arguments),
         Command::Role {
             role,

@@ -137,7 +137,11 @@ fn glm(criterion: &mut Criterion) {
             };
             let fitted = fit();
             keep(&dir, &format!("betas_{name}_{volumes}.npy"), &fitted.betas);
-            keep(&dir, &format!("variance_{name}_{volumes}.npy"), &fitted.variance);
+            keep(
+                &dir,
+                &format!("variance_{name}_{volumes}.npy"),
+                &fitted.variance,
+            );
             group.bench_function(
                 format!("{name}, {VOXELS} voxels, {volumes} volumes"),
                 |bench| bench.iter(|| black_box(fit())),
