@@ -159,7 +159,7 @@ fn glm(criterion: &mut Criterion) {
                 &fitted.variance,
             );
             if let Some(cpu_ms) = cpu_ms(|| drop(black_box(fit()))) {
-                println!("{name}, {VOXELS} voxels, {volumes} volumes: {cpu_ms:.1} ms CPU at best");
+                eprintln!("{name}, {VOXELS} voxels, {volumes} volumes: {cpu_ms:.1} ms CPU at best");
             }
             group.bench_function(
                 format!("{name}, {VOXELS} voxels, {volumes} volumes"),
