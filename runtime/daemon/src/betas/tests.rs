@@ -230,7 +230,7 @@ fn missing_volumes_and_trials_that_come_too_late_are_rows_of_their_own() {
     }
     // Trials a: 1, 3, 5, 7; the third of them averages three scores.
     let repeats = matrix(dir.join("out_repeats.npy"));
-    let mean = (&scores.row(0) + &scores.row(2) + &scores.row(4)) / 3.0;
+    let mean = (&scores.row(0) + &scores.row(2) + scores.row(4)) / 3.0;
     assert!(
         (&repeats.row(4) - &mean)
             .iter()
