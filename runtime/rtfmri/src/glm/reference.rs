@@ -1,6 +1,6 @@
 //! The fit written out the slow way, and properties of the fast one against it.
 //!
-//! Least squares by a pseudo-inverse, residuals stored, and autoregressive noise as
+//! Least squares by the inverse of the normal equations, residuals stored, and autoregressive noise as
 //! generalised least squares with the inverse of the volumes' whole correlation matrix
 //! `rho^|i - j|`, missing volumes and all; only the first volume's weight is nilearn's
 //! (its row of the whitened model is left unchanged).
@@ -32,7 +32,9 @@ fn slow(design: &Design, noise: Noise, series: ArrayView1<'_, f64>) -> Slow {
     let y = DVector::from_fn(rows, |i, _| series[i] - mean);
     let solve = |weight: &DMatrix<f64>| {
         let normal = x.transpose() * weight * &x;
-        let inverse = normal.pseudo_inverse(1e-14).unwrap();
+        let inverse = normal
+            .try_inverse()
+            .unwrap_or_else(|| DMatrix::zeros(columns, columns));
         let betas = &inverse * (x.transpose() * weight * &y);
         let residuals = &y - &x * &betas;
         let squares = (residuals.transpose() * weight * &residuals)[(0, 0)];
@@ -60,7 +62,16 @@ fn slow(design: &Design, noise: Noise, series: ArrayView1<'_, f64>) -> Slow {
         .sum();
     let lag_0 = residuals.norm_squared() / rows as f64;
     let hundredths = lag_1 / neighbours.len() as f64 / lag_0 * 100.0;
-    let rho = hundredths.trunc() / 100.0;
+    if !hundredths.is_finite() {
+        // No two volumes follow each other: a whole number, which is passed over as an edge.
+        return Slow {
+            beta,
+            variance,
+            hundredths: 0.0,
+            scale,
+        };
+    }
+    let rho = hundredths.clamp(-99.0, 99.0).trunc() / 100.0;
     let correlation = DMatrix::from_fn(rows, rows, |i, j| {
         rho.powi(i32::try_from(frames[i].abs_diff(frames[j])).unwrap())
     });
