@@ -184,7 +184,9 @@ proptest! {
                 let series = column.slice(ndarray::s![..rows]).mapv(f64::from);
                 let slow = slow(&design, noise, series.view());
                 // On a bin's edge rounding decides, and both are right.
-                if (slow.hundredths - slow.hundredths.round()).abs() < 1e-6 {
+                let edge = (slow.hundredths - slow.hundredths.round()).abs() < 1e-6;
+                // A scale of zero: the slow way cannot invert the normal equations.
+                if edge || slow.scale == 0.0 {
                     continue;
                 }
                 let off = (fast.betas[voxel] - slow.beta).abs();
