@@ -14,7 +14,7 @@ use decoder::{DecodeError, Decoder, NoiseKey, Progress, Reconstruction, Tier};
 use ndarray::{Array1, Array3, ArrayView2};
 use rtfmri::dicom::{self, DicomError};
 use rtfmri::events::Event;
-use rtfmri::glm::{self, GlmError, GlmSettings};
+use rtfmri::glm::{Design, GlmError, GlmSettings, TrialFit};
 use rtfmri::{Mask, MaskError, MotionError, Realigner, Rigid, SeriesUid, Volume, VolumeHeader};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -107,10 +107,11 @@ pub(crate) fn align(
     Ok((motion, voxels))
 }
 
-/// Aligned volumes so far → one trial's betas, `[voxel]`, scanner units.
+/// Aligned volumes so far → one trial's betas and their variance, `[voxel]`, scanner units.
 ///
+/// - `volumes`: of the run, from its first, that the fit may use; missing ones count.
 /// - `frames`: the volumes' frames, rising; holes are missing volumes.
-/// - `series`: `[volume, voxel]`, scanner units.
+/// - `series`: `[volume, voxel]`, scanner units; a row per frame.
 ///
 /// # Errors
 /// [`GlmError`] where the trial cannot be estimated.
@@ -118,12 +119,19 @@ pub(crate) fn fit_trial(
     settings: &GlmSettings,
     events: &[Event],
     trial: usize,
+    volumes: usize,
     frames: &[usize],
     series: ArrayView2<'_, f32>,
-) -> Result<Array1<f64>, GlmError> {
+) -> Result<TrialFit, GlmError> {
     // The voxels were sampled where the head was: motion as confounds on top takes signal away
     // (measured on the reference session: pattern correlation 0.69 with, 0.76 without).
-    glm::fit_trial(settings, events, trial, frames, series, None).map(|fit| fit.betas)
+    let design = Design::build_at(settings, events, trial, volumes, frames, None)?;
+    let rows: Vec<&[f32]> = series
+        .outer_iter()
+        .take(design.frames.len())
+        .filter_map(|row| row.to_slice())
+        .collect();
+    design.fit(settings.noise, &rows)
 }
 
 /// What a trial's noise is drawn by: the same trial at another decode time has other noise.

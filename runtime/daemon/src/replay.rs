@@ -226,27 +226,29 @@ fn compare(state: &State, run: u32, recorded: &StoredTrial, tally: &mut Tally) {
         return;
     };
     let again = state.fit(tier, index, recorded.at_ms);
-    tally.betas += usize::from(recorded.betas.is_ok());
-    tally.skipped += usize::from(recorded.betas.is_err());
-    let same = match (&again.betas, &recorded.betas) {
+    tally.betas += usize::from(recorded.estimate.is_ok());
+    tally.skipped += usize::from(recorded.estimate.is_err());
+    let found = match (&again.estimate, &recorded.estimate) {
         (Ok(again), Ok(recorded)) => {
-            again.len() == recorded.len()
-                && again
-                    .iter()
-                    .zip(recorded)
-                    .all(|(a, b)| a.to_bits() == b.to_bits())
+            let pairs = again.betas.iter().zip(&recorded.betas);
+            let differ = pairs.filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+            let variances = again.variance.iter().zip(&recorded.variance);
+            let spread = variances
+                .filter(|(a, b)| a.to_bits() != b.to_bits())
+                .count();
+            let same = differ + spread == 0 && again.betas.len() == recorded.betas.len();
+            (!same).then(|| {
+                let of = recorded.betas.len();
+                format!("{differ} of {of} betas and {spread} variances differ")
+            })
         }
-        (again, recorded) => again == recorded,
+        (Ok(_), Err(reason)) => Some(format!("it was skipped ({reason}) and can be estimated")),
+        (Err(reason), Ok(_)) => Some(format!("it cannot be estimated: {reason}")),
+        (Err(again), Err(recorded)) => {
+            (again != recorded).then(|| format!("it is skipped because {again}, not {recorded}"))
+        }
     };
-    if !same {
-        let found = match (&again.betas, &recorded.betas) {
-            (Ok(again), Ok(recorded)) => {
-                let differ = again.iter().zip(recorded).filter(|(a, b)| a != b).count();
-                format!("{differ} of {} betas differ", recorded.len())
-            }
-            (Ok(_), Err(reason)) => format!("it was skipped ({reason}) and can be estimated"),
-            (Err(reason), _) => format!("it cannot be estimated: {reason}"),
-        };
+    if let Some(found) = found {
         tally.differs(format!("{place}: {found}"));
     }
     if (again.volumes, again.missing) != (recorded.volumes, recorded.missing) {

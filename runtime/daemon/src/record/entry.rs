@@ -129,10 +129,13 @@ impl StoredModel {
             StoredNoise::Ols => Noise::Ols,
             StoredNoise::Ar1 => Noise::Ar1,
         };
+        let usual = GlmSettings::new(tr_s, hrf, noise);
         GlmSettings {
+            // The window in which volumes may be missing ends with the first decoding.
+            delay_s: self.fast_s.unwrap_or(usual.delay_s),
             high_pass_hz: self.high_pass_hz,
             max_missing_share: self.max_missing_share,
-            ..GlmSettings::new(tr_s, hrf, noise)
+            ..usual
         }
     }
 
@@ -168,10 +171,19 @@ pub(crate) struct StoredTrial {
     pub(crate) volumes: u32,
     /// Volumes missing among those expected.
     pub(crate) missing: u32,
-    /// `[voxel]`, scanner units; or why there are none, as a sentence's end.
-    pub(crate) betas: Result<Vec<f64>, String>,
+    /// What was found; or why nothing was, as a sentence's end.
+    pub(crate) estimate: Result<Estimate, String>,
     /// When it was estimated, Unix milliseconds.
     pub(crate) at_ms: u64,
+}
+
+/// A trial's response.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Estimate {
+    /// `[voxel]`, scanner units.
+    pub(crate) betas: Vec<f64>,
+    /// Variance of each beta, `[voxel]`, its unit squared.
+    pub(crate) variance: Vec<f32>,
 }
 
 /// One entry of the session's log: what belongs to no run.

@@ -7,12 +7,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ndarray::{Array1, ArrayView2};
 use rtfmri::events::Event;
-use rtfmri::glm::{self, GlmError, GlmSettings};
+use rtfmri::glm::{self, GlmError, GlmSettings, TrialFit};
 use rtfmri::zscore::{RunningZScore, ZScoreError};
 use wire::{Tier, TrialMessage};
 
 use crate::pipeline::{self, AlignedVolume};
-use crate::record::entry::{Began, RunEnd, RunEntry, StoredTrial};
+use crate::record::entry::{Began, Estimate, RunEnd, RunEntry, StoredTrial};
+
+/// What the run must have recorded after a trial's onset for its last decoding, seconds.
+const END_NEEDS_S: f64 = 5.0;
 
 /// When trials are decoded, seconds after their onset; `None` where a tier is left out.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -173,10 +176,10 @@ impl State {
     fn take_trial(&mut self, run: u32, stored: StoredTrial) -> Taken {
         let (number, tier) = (stored.trial, stored.tier);
         let voxels = self.samples.voxels;
-        let betas = stored.betas.and_then(|betas| {
-            let found = betas.len();
+        let betas = stored.estimate.and_then(|estimate| {
+            let found = estimate.betas.len();
             let fits = found == voxels;
-            fits.then(|| Array1::from(betas))
+            fits.then(|| Array1::from(estimate.betas))
                 .ok_or_else(|| format!("{found} betas where {voxels} voxels are expected"))
         });
         let state = &mut self.tiers[tier as usize];
@@ -280,10 +283,10 @@ impl State {
             let needed = self.needed(tier, trial)?;
             let highest = self.highest();
             if tier == Tier::End {
-                // What was never begun has no end.
-                let onset =
-                    glm::volumes_needed(self.events.get(trial)?.onset_s, self.glm.tr_s, 0.0);
-                return (count(onset) < highest).then_some((tier, trial));
+                // What ended before the response peaked has none.
+                let onset_s = self.events.get(trial)?.onset_s;
+                let peak = glm::volumes_needed(onset_s, self.glm.tr_s, END_NEEDS_S);
+                return (count(peak) <= highest).then_some((tier, trial));
             }
             let complete = highest > 0 && highest >= needed && self.holes(needed).next().is_none();
             complete.then_some((tier, trial))
@@ -296,40 +299,34 @@ impl State {
     pub(crate) fn fit(&self, tier: Tier, trial: usize, at_ms: u64) -> StoredTrial {
         let needed = self.needed(tier, trial).unwrap_or(0);
         let have = count(self.places.range(..needed).count());
+        let fitted = match self.samples.view() {
+            Some((frames, series)) => pipeline::fit_trial(
+                &self.glm,
+                &self.events,
+                trial,
+                needed as usize,
+                frames,
+                series,
+            ),
+            None => Err(GlmError::Rows {
+                array: "series",
+                expected: self.samples.frames.len(),
+                found: 0,
+            }),
+        };
+        #[expect(clippy::cast_possible_truncation, reason = "a variance needs no more")]
+        let estimate = |fit: TrialFit| Estimate {
+            betas: fit.betas.to_vec(),
+            variance: fit.variance.iter().map(|&value| value as f32).collect(),
+        };
         StoredTrial {
             trial: count(trial + 1),
             tier,
             volumes: have,
             missing: needed.saturating_sub(have),
-            betas: match self.betas(tier, trial) {
-                Ok(betas) => Ok(betas.to_vec()),
-                Err(error) => Err(error.to_string()),
-            },
+            estimate: fitted.map(estimate).map_err(|error| error.to_string()),
             at_ms,
         }
-    }
-
-    fn betas(&self, tier: Tier, trial: usize) -> Result<Array1<f64>, GlmError> {
-        let onset_s = self.events.get(trial).map_or(0.0, |e| e.onset_s);
-        let glm = &self.glm;
-        let delay_s = match tier {
-            Tier::Fast => self.plan.fast_s.unwrap_or(glm.delay_s),
-            Tier::Slow => self.plan.slow_s.unwrap_or(glm.delay_s),
-            // Half a TR after the last volume's start: it is the last that is used.
-            Tier::End => ((f64::from(self.highest()) - 0.5) * glm.tr_s - onset_s).max(0.0),
-        };
-        let settings = GlmSettings {
-            delay_s,
-            ..glm.clone()
-        };
-        let Some((frames, series)) = self.samples.view() else {
-            return Err(GlmError::Rows {
-                array: "series",
-                expected: self.samples.frames.len(),
-                found: 0,
-            });
-        };
-        pipeline::fit_trial(&settings, &self.events, trial, frames, series)
     }
 
     /// Every trial that is estimated so far, ready to decode.
@@ -555,7 +552,10 @@ mod tests {
                         tier: Tier::ALL[voxels % 3],
                         volumes: 1,
                         missing: 0,
-                        betas: Ok(vec![1.0; voxels]),
+                        estimate: Ok(Estimate {
+                            betas: vec![1.0; voxels],
+                            variance: Vec::new(),
+                        }),
                         at_ms: 0,
                     }),
                 };
