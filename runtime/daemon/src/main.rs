@@ -46,7 +46,6 @@ enum Command {
         #[arg(long)]
         config: Option<PathBuf>,
     },
-    /// Simulate a scanner: DICOM mosaics into a folder, at a clock of their own
     Simulate(simulate::Arguments),
     /// Decode recorded betas into PNG files, without a scanner
     Reconstruct(reconstruct::Arguments),
