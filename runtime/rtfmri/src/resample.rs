@@ -113,7 +113,9 @@ mod tests {
         let places = volume.clone();
         for ((slice, row, column), voxel) in volume.voxels.indexed_iter_mut() {
             let place = places.position_lps([index(column), index(row), index(slice)]);
-            let away: f64 = (0..3).map(|axis| (place[axis] - centre[axis]).powi(2)).sum();
+            let away: f64 = (0..3)
+                .map(|axis| (place[axis] - centre[axis]).powi(2))
+                .sum();
             #[expect(clippy::cast_possible_truncation, reason = "a brightness")]
             let value = 1000.0 * (-away / (2.0 * 9.0_f64.powi(2))).exp() as f32;
             *voxel = value;

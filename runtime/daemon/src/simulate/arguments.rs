@@ -98,7 +98,12 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE", help_heading = "Responses")]
     pub(super) betas: Option<PathBuf>,
     /// Unit of the betas
-    #[arg(long, value_enum, default_value = "scanner", help_heading = "Responses")]
+    #[arg(
+        long,
+        value_enum,
+        default_value = "scanner",
+        help_heading = "Responses"
+    )]
     pub(super) betas_unit: BetasUnit,
     /// Multiplies the betas [default: 1 for --betas, else 25 scanner units or 2.5 per cent]
     #[arg(long, value_name = "FACTOR", value_parser = within(-1e4, 1e4),
@@ -179,7 +184,12 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "PATH", help_heading = "Pulses")]
     pub(super) pulses: Option<PathBuf>,
     /// The byte of a pulse, as a number; 53 is the character 5
-    #[arg(long, value_name = "BYTE", default_value_t = b'5', help_heading = "Pulses")]
+    #[arg(
+        long,
+        value_name = "BYTE",
+        default_value_t = b'5',
+        help_heading = "Pulses"
+    )]
     pub(super) pulse_byte: u8,
     /// Pulses before the first volume, one TR apart
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100),
@@ -251,7 +261,9 @@ fn voxel_mm(text: &str) -> Result<[f64; 3], String> {
 
 fn ae_title(text: &str) -> Result<String, String> {
     let fits = (1..=16).contains(&text.len())
-        && text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ')
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_graphic() || byte == b' ')
         && !text.contains('\\')
         && text.trim() == text;
     fits.then(|| text.to_owned())
@@ -320,9 +332,18 @@ mod tests {
         use clap::CommandFactory;
         let help = Line::command().render_long_help().to_string();
         for fault in [
-            "drop=3,7", "duplicate=5", "reorder=9", "truncate=12", "stall=30:5", "abort=15",
-            "two-series", "lost-pulses=1%", "spurious-pulses=1%", "noise-bytes=5%",
-            "motion-step=40:1.5", "clock-drift=200",
+            "drop=3,7",
+            "duplicate=5",
+            "reorder=9",
+            "truncate=12",
+            "stall=30:5",
+            "abort=15",
+            "two-series",
+            "lost-pulses=1%",
+            "spurious-pulses=1%",
+            "noise-bytes=5%",
+            "motion-step=40:1.5",
+            "clock-drift=200",
         ] {
             assert!(help.contains(fault), "{fault}");
             assert!(Fault::from_str(fault).is_ok(), "{fault}");

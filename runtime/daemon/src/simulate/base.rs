@@ -93,8 +93,9 @@ impl Base {
     /// An ellipsoid with some texture, in the middle of the field of view.
     pub(super) fn synthetic(grid: Grid) -> Base {
         let [columns, rows, slices] = grid.sides;
-        let middle: [f64; 3] =
-            std::array::from_fn(|axis| -(count(grid.sides[axis]) - 1.0) / 2.0 * grid.voxel_mm[axis]);
+        let middle: [f64; 3] = std::array::from_fn(|axis| {
+            -(count(grid.sides[axis]) - 1.0) / 2.0 * grid.voxel_mm[axis]
+        });
         let affine_lps = [
             [grid.voxel_mm[0], 0.0, 0.0, middle[0]],
             [0.0, grid.voxel_mm[1], 0.0, middle[1]],
@@ -209,7 +210,12 @@ impl Base {
     /// Length of one step along columns, rows and slices, millimetres.
     pub(super) fn voxel_mm(&self) -> [f64; 3] {
         let affine = &self.volume.affine_lps;
-        std::array::from_fn(|axis| (0..3).map(|row| affine[row][axis].powi(2)).sum::<f64>().sqrt())
+        std::array::from_fn(|axis| {
+            (0..3)
+                .map(|row| affine[row][axis].powi(2))
+                .sum::<f64>()
+                .sqrt()
+        })
     }
 
     /// The `wanted` voxels `[column, row, slice]` nearest to the back of the head.
@@ -233,10 +239,16 @@ impl Base {
             places.iter().map(|(place, _)| place[axis]).sum::<f64>() / count(places.len())
         };
         let centre = [mean(0), mean(1), mean(2)];
-        let spread = places.iter().map(|(place, _)| (place[1] - centre[1]).powi(2));
+        let spread = places
+            .iter()
+            .map(|(place, _)| (place[1] - centre[1]).powi(2));
         let spread = (spread.sum::<f64>() / count(places.len())).sqrt();
         // Of an ellipsoid, sqrt(5) times the spread is the half axis.
-        let focus = [centre[0], centre[1] + 0.73 * 5.0_f64.sqrt() * spread, centre[2]];
+        let focus = [
+            centre[0],
+            centre[1] + 0.73 * 5.0_f64.sqrt() * spread,
+            centre[2],
+        ];
         let away = |place: &[f64; 3]| -> f64 {
             (0..3).map(|axis| (place[axis] - focus[axis]).powi(2)).sum()
         };
@@ -296,7 +308,9 @@ mod tests {
         let base = Base::synthetic(GRID);
         let voxels = base.responding(500).unwrap();
         assert_eq!(voxels.len(), 500);
-        let far = voxels.iter().map(|v| base.volume.position_lps(v.map(count)));
+        let far = voxels
+            .iter()
+            .map(|v| base.volume.position_lps(v.map(count)));
         assert!(far.clone().all(|place| place[1] > 20.0));
         assert!(matches!(
             base.responding(200_000),
@@ -346,8 +360,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("base.nii.gz");
         let affine = Base::synthetic(GRID).affine_ras();
-        std::fs::write(&path, nifti::write(&Array3::ones((4, 4, 4)), &affine).unwrap()).unwrap();
+        std::fs::write(
+            &path,
+            nifti::write(&Array3::ones((4, 4, 4)), &affine).unwrap(),
+        )
+        .unwrap();
         let error = Base::read(&path).unwrap_err().to_string();
-        assert!(error.contains("brightest voxel is 1, expected 100 to 50000"), "{error}");
+        assert!(
+            error.contains("brightest voxel is 1, expected 100 to 50000"),
+            "{error}"
+        );
     }
 }

@@ -1,9 +1,9 @@
 //! A volume as a file of the format that was asked for.
 
 use clap::ValueEnum;
+use rtfmri::Volume;
 use rtfmri::mosaic::{self, MosaicError};
 use rtfmri::volume::Affine;
-use rtfmri::Volume;
 
 use super::noise::single;
 use super::stamp::{Stamp, StampError};
@@ -102,7 +102,12 @@ fn nifti(volume: &Volume, rank: i16) -> Result<Vec<u8>, EncodeError> {
     }
     put(344, b"n+1\0");
     file.reserve(volume.voxels.len() * 2);
-    file.extend(volume.voxels.iter().flat_map(|value| stored(*value).to_le_bytes()));
+    file.extend(
+        volume
+            .voxels
+            .iter()
+            .flat_map(|value| stored(*value).to_le_bytes()),
+    );
     Ok(file)
 }
 

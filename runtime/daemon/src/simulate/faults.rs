@@ -270,12 +270,18 @@ impl FromStr for Fault {
                 Ok(Fault::Abort { at, pause_s })
             }
             "motion-step" => {
-                let said = ("a volume and millimetres from 0 to 20", "motion-step=40:1.5");
+                let said = (
+                    "a volume and millimetres from 0 to 20",
+                    "motion-step=40:1.5",
+                );
                 let (at, mm) = at_volume("motion-step", value, None, 0.0..=20.0, said)?;
                 Ok(Fault::MotionStep { at, mm })
             }
             "clock-drift" => {
-                let ppm = value.parse().ok().filter(|ppm| (-10_000.0..=10_000.0).contains(ppm));
+                let ppm = value
+                    .parse()
+                    .ok()
+                    .filter(|ppm| (-10_000.0..=10_000.0).contains(ppm));
                 let ppm = ppm.ok_or_else(|| FaultError::Value {
                     name: "clock-drift",
                     found: value.into(),
@@ -343,15 +349,33 @@ mod tests {
     #[test]
     fn what_is_no_fault_is_refused_with_an_example() {
         for text in [
-            "drop", "drop=", "drop=0", "drop=7-3", "drop=x", "drop=101%", "drop=-1%", "drop=nan%",
-            "drop=1-100001", "stall=3", "stall=3:-1", "stall=3:inf", "abort=", "abort=0",
-            "two-series=3", "motion-step=2:21", "clock-drift=nan", "clock-drift=",
+            "drop",
+            "drop=",
+            "drop=0",
+            "drop=7-3",
+            "drop=x",
+            "drop=101%",
+            "drop=-1%",
+            "drop=nan%",
+            "drop=1-100001",
+            "stall=3",
+            "stall=3:-1",
+            "stall=3:inf",
+            "abort=",
+            "abort=0",
+            "two-series=3",
+            "motion-step=2:21",
+            "clock-drift=nan",
+            "clock-drift=",
         ] {
             let error = Fault::from_str(text).unwrap_err();
             assert!(matches!(error, FaultError::Value { .. }), "{text}: {error}");
         }
         let error = Fault::from_str("explode=3").unwrap_err().to_string();
-        assert!(error.contains("explode") && error.contains("two-series"), "{error}");
+        assert!(
+            error.contains("explode") && error.contains("two-series"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -116,10 +116,10 @@ impl Pose {
     pub(super) fn displacement_mm(&self) -> f64 {
         let matrix = self.matrix_ras([0.0; 3]);
         let mut square: f64 = self.0[..3].iter().map(|shift| shift * shift).sum();
-        for row in 0..3 {
-            for column in 0..3 {
+        for (row, numbers) in matrix[..3].iter().enumerate() {
+            for (column, number) in numbers[..3].iter().enumerate() {
                 let still = if row == column { 1.0 } else { 0.0 };
-                square += SPHERE_MM.powi(2) / 5.0 * (matrix[row][column] - still).powi(2);
+                square += SPHERE_MM.powi(2) / 5.0 * (number - still).powi(2);
             }
         }
         square.sqrt()
@@ -192,7 +192,10 @@ impl FromStr for Way {
     fn from_str(text: &str) -> Result<Way, PathError> {
         let wrong = || PathError::Way { found: text.into() };
         let number = |text: &str, low: f64, high: f64| {
-            let value = text.parse().ok().filter(|value| (low..=high).contains(value));
+            let value = text
+                .parse()
+                .ok()
+                .filter(|value| (low..=high).contains(value));
             value.ok_or_else(wrong)
         };
         match text.split_once('=') {
@@ -241,7 +244,10 @@ impl Way {
                 for _ in 0..3 {
                     let found = rms(&poses);
                     if found > 0.0 {
-                        poses = poses.iter().map(|pose| pose.scaled(rms_mm / found)).collect();
+                        poses = poses
+                            .iter()
+                            .map(|pose| pose.scaled(rms_mm / found))
+                            .collect();
                     }
                 }
                 Ok(poses)
@@ -303,7 +309,10 @@ fn read(path: &Path) -> Result<Vec<Pose>, PathError> {
             .split([' ', '\t', ',', ';'])
             .filter(|field| !field.is_empty())
             .collect();
-        let numbers: Vec<f64> = fields.iter().filter_map(|field| field.parse().ok()).collect();
+        let numbers: Vec<f64> = fields
+            .iter()
+            .filter_map(|field| field.parse().ok())
+            .collect();
         if fields.is_empty() || (index == 0 && numbers.is_empty()) {
             continue;
         }
@@ -316,7 +325,11 @@ fn read(path: &Path) -> Result<Vec<Pose>, PathError> {
             found: numbers.len(),
         })?;
         for (column, &found) in pose.iter().enumerate() {
-            let most = if column < 3 { MAX_SHIFT_MM } else { MAX_TURN_DEG };
+            let most = if column < 3 {
+                MAX_SHIFT_MM
+            } else {
+                MAX_TURN_DEG
+            };
             if !(-most..=most).contains(&found) {
                 let (path, column) = (path.into(), column + 1);
                 return Err(PathError::Range {
@@ -373,10 +386,10 @@ mod tests {
         let pose = Pose([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
         let matrix = pose.matrix_ras([7.0, 8.0, 9.0]);
         let still = relative(&matrix, &matrix);
-        for row in 0..4 {
-            for column in 0..4 {
+        for (row, numbers) in still.iter().enumerate() {
+            for (column, number) in numbers.iter().enumerate() {
                 let expected = if row == column { 1.0 } else { 0.0 };
-                assert!((still[row][column] - expected).abs() < 1e-12);
+                assert!((number - expected).abs() < 1e-12);
             }
         }
     }
@@ -386,14 +399,27 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("motion.tsv");
         let way = Way::File(path.clone());
-        std::fs::write(&path, "x y z a b c\n0 0 0 0 0 0\n.1,0,0,0,0,2\n1\t2\t3\t0\t0\t0\n").unwrap();
+        std::fs::write(
+            &path,
+            "x y z a b c\n0 0 0 0 0 0\n.1,0,0,0,0,2\n1\t2\t3\t0\t0\t0\n",
+        )
+        .unwrap();
         let poses = way.poses(0, 0, 1, 2, 1.0).unwrap();
         assert_eq!(poses[0], Pose([0.1, 0.0, 0.0, 0.0, 0.0, 2.0]));
         let short = way.poses(0, 0, 0, 4, 1.0).unwrap_err().to_string();
-        assert!(short.contains("3 rows") && short.contains("4 volumes"), "{short}");
+        assert!(
+            short.contains("3 rows") && short.contains("4 volumes"),
+            "{short}"
+        );
         for (text, said) in [
-            ("0 0 0 0 0 0\n0 0 0\n", "line 2: expected six numbers, found 3"),
-            ("0 0 0 0 0 0\n0 0 0 x 0 0\n", "line 2: expected six numbers, found 5"),
+            (
+                "0 0 0 0 0 0\n0 0 0\n",
+                "line 2: expected six numbers, found 3",
+            ),
+            (
+                "0 0 0 0 0 0\n0 0 0 x 0 0\n",
+                "line 2: expected six numbers, found 5",
+            ),
             ("0 0 0 0 0 45\n", "line 1, column 6: 45 is outside -30..=30"),
             ("0 nan 0 0 0 0\n", "column 2: NaN"),
         ] {
@@ -405,7 +431,15 @@ mod tests {
 
     #[test]
     fn unknown_ways_are_refused() {
-        for text in ["", "walk", "walk=-1", "walk=x", "steps=1", "steps=1:0", "file="] {
+        for text in [
+            "",
+            "walk",
+            "walk=-1",
+            "walk=x",
+            "steps=1",
+            "steps=1:0",
+            "file=",
+        ] {
             assert!(Way::from_str(text).is_err(), "{text}");
         }
     }

@@ -261,7 +261,12 @@ mod tests {
         assert!((all(2) - 0.36).abs() < 0.05, "lag 2: {}", all(2));
         let beside = volumes.iter().flat_map(|volume| {
             let rows = volume.lanes(ndarray::Axis(2)).into_iter();
-            rows.flat_map(|row| row.to_vec().windows(2).map(|w| (w[0], w[1])).collect::<Vec<_>>())
+            rows.flat_map(|row| {
+                row.to_vec()
+                    .windows(2)
+                    .map(|w| (w[0], w[1]))
+                    .collect::<Vec<_>>()
+            })
         });
         // A Gaussian kernel's own correlation at distance d is exp(-d^2 / 4 sd^2).
         let expected = (-1.0 / (4.0 * 1.1_f64 * 1.1)).exp();
@@ -324,11 +329,16 @@ mod tests {
 
     #[test]
     fn uniform_numbers_fill_their_range_and_repeat() {
-        let draws: Vec<f64> = (0..4000).map(|i| uniform(9, Purpose::Fault(1), i)).collect();
+        let draws: Vec<f64> = (0..4000)
+            .map(|i| uniform(9, Purpose::Fault(1), i))
+            .collect();
         let mean = draws.iter().sum::<f64>() / 4000.0;
         assert!((mean - 0.5).abs() < 0.02, "{mean}");
         assert!(draws.iter().all(|draw| (0.0..1.0).contains(draw)));
-        assert_eq!(draws[7].to_bits(), uniform(9, Purpose::Fault(1), 7).to_bits());
+        assert_eq!(
+            draws[7].to_bits(),
+            uniform(9, Purpose::Fault(1), 7).to_bits()
+        );
         assert!((draws[7] - uniform(9, Purpose::Fault(2), 7)).abs() > 1e-9);
     }
 }

@@ -77,10 +77,7 @@ mod tests {
     #[test]
     fn moments_come_from_the_start_and_a_past_one_is_not_waited_for() {
         let clock = Clock::starting_in(Duration::ZERO, 10.0);
-        assert_eq!(
-            clock.at(3.0) - clock.at(0.0),
-            Duration::from_secs_f64(0.3)
-        );
+        assert_eq!(clock.at(3.0) - clock.at(0.0), Duration::from_secs_f64(0.3));
         let began = Instant::now();
         assert!(clock.wait_until(0.4) <= 0.0);
         assert!(began.elapsed() >= Duration::from_millis(35));

@@ -1,7 +1,7 @@
 //! What the head answers: each trial's response at the voxels of a mask.
 //!
 //! A trial's regressor is its stimulus seen through the haemodynamic response, as the single-trial
-//! model itself expects it (a stimulus of 3 s peaks at 0.91 with Glover's response). A beta is the
+//! model itself expects it (a stimulus of 3 s peaks at 0.95 with Glover's response). A beta is the
 //! height of that regressor, in scanner units or in per cent of the base's value at the voxel.
 
 use std::path::PathBuf;
@@ -249,7 +249,9 @@ mod tests {
         });
         let places = vec![[1, 2, 3], [4, 5, 6]];
         let responses = Responses::new(places, betas, &events, &TIMING).unwrap();
-        assert!((responses.peak() - 0.91).abs() < 0.02, "{}", responses.peak());
+        // 0.95, less where no volume is taken at the peak.
+        let peak = responses.peak();
+        assert!((0.88..0.96).contains(&peak), "{peak}");
         let at = |frame: usize| {
             let mut voxels = Array3::zeros((12, 18, 16));
             responses.add_to(&mut voxels, frame);
@@ -259,15 +261,26 @@ mod tests {
         assert_eq!(at(0), [0.0, 0.0]);
         // Some 5 s after the middle of the first stimulus, before the second.
         let [first, second] = at(11);
-        assert!((second / first - 2.0).abs() < 1e-5 && first > 0.8, "{first}");
+        assert!(
+            (second / first - 2.0).abs() < 1e-5 && first > 0.8,
+            "{first}"
+        );
         let [first, second] = at(24);
         assert!(first > 2.0 && second > first, "{first} and {second}");
     }
 
     #[test]
     fn stimulus_beyond_the_design_is_refused_and_a_late_one_has_no_response() {
-        let long = Responses::new(Vec::new(), Array2::zeros((1, 0)), &[event(0.0, 90.0)], &TIMING);
-        assert!(matches!(long, Err(ResponseError::Stimulus { event: 1, .. })));
+        let long = Responses::new(
+            Vec::new(),
+            Array2::zeros((1, 0)),
+            &[event(0.0, 90.0)],
+            &TIMING,
+        );
+        assert!(matches!(
+            long,
+            Err(ResponseError::Stimulus { event: 1, .. })
+        ));
         let late = [event(-5.0, 1.0), event(500.0, 3.0)];
         let late = Responses::new(Vec::new(), Array2::zeros((2, 0)), &late, &TIMING).unwrap();
         assert_eq!(late.regressors.column(1).sum(), 0.0);

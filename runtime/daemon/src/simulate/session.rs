@@ -120,7 +120,13 @@ pub(super) fn simulate(arguments: &Arguments) -> Result<(), SimulateError> {
     if let (Some(site), true) = (&arguments.site, arguments.prepare) {
         let voxels = usize::try_from(arguments.voxels).unwrap_or(usize::MAX);
         let base = base(arguments)?;
-        return Ok(prepare(site, &base, arguments.seed, arguments.trials, voxels)?);
+        return Ok(prepare(
+            site,
+            &base,
+            arguments.seed,
+            arguments.trials,
+            voxels,
+        )?);
     }
     Session::of(arguments)?.run(arguments)
 }
@@ -236,8 +242,7 @@ impl Session {
         };
         let (events, responses) = match shown {
             Some(shown) => {
-                let responses =
-                    Responses::new(shown.places, shown.betas, &shown.events, &timing)?;
+                let responses = Responses::new(shown.places, shown.betas, &shown.events, &timing)?;
                 (shown.events, Some(responses))
             }
             None => (Vec::new(), None),
@@ -379,7 +384,9 @@ impl Session {
             Some(Ok(unread)) => {
                 let unread = unread?;
                 if unread > 0 {
-                    say(&format!("nobody read the pulse line: {unread} pulses found it full"));
+                    say(&format!(
+                        "nobody read the pulse line: {unread} pulses found it full"
+                    ));
                 }
             }
             None => {}

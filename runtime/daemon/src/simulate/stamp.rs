@@ -117,7 +117,8 @@ impl Old {
         }
         let parse = || {
             let bytes = file.get(at..)?;
-            let word = |at: usize| Some(u16::from_le_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
+            let word =
+                |at: usize| Some(u16::from_le_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
             let tag = (word(0)?, word(2)?);
             let vr = bytes.get(4..6)?;
             let long = [
@@ -131,10 +132,8 @@ impl Old {
             } else {
                 8 + usize::from(word(6)?)
             };
-            (vr.iter().all(u8::is_ascii_uppercase) && len <= bytes.len()).then_some(Old {
-                tag,
-                len,
-            })
+            (vr.iter().all(u8::is_ascii_uppercase) && len <= bytes.len())
+                .then_some(Old { tag, len })
         };
         parse().map(Some).ok_or(StampError(at))
     }
@@ -145,7 +144,9 @@ fn data_set(file: &[u8]) -> Result<usize, StampError> {
     let len = file.get(140..144).filter(|_| &file[128..132] == b"DICM");
     let len = len.and_then(|bytes| bytes.try_into().ok());
     let len = len.and_then(|bytes| usize::try_from(u32::from_le_bytes(bytes)).ok());
-    let start = len.map(|len| 144 + len).filter(|start| *start <= file.len());
+    let start = len
+        .map(|len| 144 + len)
+        .filter(|start| *start <= file.len());
     start.ok_or(StampError(128))
 }
 

@@ -293,7 +293,7 @@ impl Meta {
             let long = matches!(rest.get(4..6)?, b"OB" | b"OW" | b"UN");
             let (start, len) = if long {
                 let len = u32::from_le_bytes(rest.get(8..12)?.try_into().ok()?);
-                (12, usize::try_from(len).ok()?)
+                (12_usize, usize::try_from(len).ok()?)
             } else {
                 let len = u16::from_le_bytes(rest.get(6..8)?.try_into().ok()?);
                 (8, usize::from(len))
@@ -437,7 +437,7 @@ mod tests {
         let received = thread.join().unwrap();
         let file = file(1);
         let whole = file.len() - Meta::of(&file).unwrap().data_set;
-        assert_eq!(received[0].1.len(), whole / 2 & !1);
+        assert_eq!(received[0].1.len(), (whole / 2) & !1);
     }
 
     #[test]

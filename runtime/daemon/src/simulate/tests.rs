@@ -22,9 +22,15 @@ struct Line {
 }
 
 fn arguments(words: &[&str]) -> Arguments {
-    let words = ["simulate", "--into", "nowhere", "--start", "2026-01-01T09:00:00"]
-        .iter()
-        .chain(words);
+    let words = [
+        "simulate",
+        "--into",
+        "nowhere",
+        "--start",
+        "2026-01-01T09:00:00",
+    ]
+    .iter()
+    .chain(words);
     Line::parse_from(words).arguments
 }
 
@@ -37,7 +43,10 @@ fn files(session: &mut Session) -> Vec<Vec<u8>> {
 
 fn decoded(session: &mut Session) -> Vec<Volume> {
     let files = files(session);
-    files.iter().map(|file| dicom::decode(file).unwrap()).collect()
+    files
+        .iter()
+        .map(|file| dicom::decode(file).unwrap())
+        .collect()
 }
 
 /// Jenkinson's root mean square over a sphere of 50 mm about `centre`, millimetres.
@@ -45,11 +54,11 @@ fn error_mm(truth: &Affine, found: &Affine, centre: [f64; 3]) -> f64 {
     let apart = relative(found, truth);
     // `found` after undoing `truth` moves nothing where both are the same.
     let mut square = 0.0;
-    for row in 0..3 {
-        let mut shift = apart[row][3];
+    for (row, numbers) in apart[..3].iter().enumerate() {
+        let mut shift = numbers[3];
         for column in 0..3 {
             let still = if row == column { 1.0 } else { 0.0 };
-            let change = apart[row][column] - still;
+            let change = numbers[column] - still;
             square += 50.0 * 50.0 / 5.0 * change * change;
             shift += change * centre[column];
         }
@@ -74,7 +83,11 @@ fn motion_that_was_put_in_is_found_again() {
             sum += error;
             still += error_mm(truth, &Rigid::identity().matrix_ras(), centre);
         }
-        println!("{way}: mean error {:.4} mm, unmoved {:.3} mm", sum / 24.0, still / 24.0);
+        println!(
+            "{way}: mean error {:.4} mm, unmoved {:.3} mm",
+            sum / 24.0,
+            still / 24.0
+        );
         assert!(still / 24.0 > 0.3, "hardly anything moved");
     }
 }
@@ -118,7 +131,16 @@ fn betas_that_were_put_in_are_found_again() {
     assert!(mean > 0.7, "{mean}");
     // In the unit they were put in: a slope of one, where noise does not get in the way.
     let quiet = arguments(&[
-        "--site", place, "--motion", "still", "--tsnr", "100000", "--drift", "0", "--volumes", "60",
+        "--site",
+        place,
+        "--motion",
+        "still",
+        "--tsnr",
+        "100000",
+        "--drift",
+        "0",
+        "--volumes",
+        "60",
     ]);
     let mut session = Session::of(&quiet).unwrap();
     let volumes = decoded(&mut session);
@@ -139,7 +161,14 @@ fn correlation(a: ArrayView1<'_, f64>, b: ArrayView1<'_, f64>) -> f64 {
     a.dot(&b) / (a.dot(&a) * b.dot(&b)).sqrt()
 }
 
-const SMALL: [&str; 6] = ["--grid", "24x24x12", "--voxel-mm", "8x8x8", "--volumes", "12"];
+const SMALL: [&str; 6] = [
+    "--grid",
+    "24x24x12",
+    "--voxel-mm",
+    "8x8x8",
+    "--volumes",
+    "12",
+];
 
 #[test]
 fn the_same_seed_and_start_give_the_same_bytes_and_others_do_not() {
@@ -163,8 +192,18 @@ fn the_same_seed_and_start_give_the_same_bytes_and_others_do_not() {
 #[test]
 fn noise_is_as_strong_as_it_was_asked_to_be() {
     let words = [
-        "--grid", "32x32x14", "--voxel-mm", "6x6x7", "--volumes", "80", "--motion", "still",
-        "--drift", "0", "--tsnr", "60",
+        "--grid",
+        "32x32x14",
+        "--voxel-mm",
+        "6x6x7",
+        "--volumes",
+        "80",
+        "--motion",
+        "still",
+        "--drift",
+        "0",
+        "--tsnr",
+        "60",
     ];
     let mut session = Session::of(&arguments(&words)).unwrap();
     let volumes = decoded(&mut session);
@@ -192,12 +231,18 @@ fn what_does_not_fit_together_is_refused_by_name() {
     for (words, said) in [
         (&[][..], "--volumes, --events or --site"),
         (&["--mask", "m"], "--mask needs --events"),
-        (&["--volumes", "9", "--fault", "drop=10"], "volume from 1 to 9"),
+        (
+            &["--volumes", "9", "--fault", "drop=10"],
+            "volume from 1 to 9",
+        ),
         (
             &["--volumes", "9", "--format", "nifti4d", "--fault", "drop=1"],
             "drop cannot be shown with --format nifti4d",
         ),
-        (&["--volumes", "9", "--base", "/nowhere.nii"], "/nowhere.nii"),
+        (
+            &["--volumes", "9", "--base", "/nowhere.nii"],
+            "/nowhere.nii",
+        ),
         (&["--volumes", "9", "--motion", "file=/nowhere"], "/nowhere"),
         (&["--replay", "/nowhere"], "/nowhere"),
     ] {

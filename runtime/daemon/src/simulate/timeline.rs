@@ -178,7 +178,11 @@ pub(super) fn plan(run: &Run, faults: &[Fault]) -> Result<Timeline, FaultError> 
             fault,
             Fault::Abort { .. } | Fault::TwoSeries | Fault::ClockDrift { .. }
         );
-        if once && faults[..index].iter().any(|other| other.name() == fault.name()) {
+        if once
+            && faults[..index]
+                .iter()
+                .any(|other| other.name() == fault.name())
+        {
             return Err(FaultError::Twice(fault.name()));
         }
     }
@@ -214,7 +218,9 @@ pub(super) fn plan(run: &Run, faults: &[Fault]) -> Result<Timeline, FaultError> 
             }
         }
     }
-    timeline.deliveries.sort_by(|a, b| a.at_s.total_cmp(&b.at_s));
+    timeline
+        .deliveries
+        .sort_by(|a, b| a.at_s.total_cmp(&b.at_s));
     timeline.pulses.sort_by(|a, b| a.at_s.total_cmp(&b.at_s));
     Ok(timeline)
 }
@@ -297,7 +303,6 @@ fn locate(series: &[Series], volume: usize) -> Option<Hit> {
         })
     })
 }
-
 
 fn pulses(run: &Run, series: &[Series]) -> Vec<Pulse> {
     let mut pulses = Vec::new();
@@ -399,7 +404,10 @@ impl Timeline {
             Fault::Abort { pause_s, .. } => injected.seconds = Some(*pause_s),
             Fault::TwoSeries => {}
         }
-        injected.hits = hit.iter().filter_map(|n| locate(&self.series, *n)).collect();
+        injected.hits = hit
+            .iter()
+            .filter_map(|n| locate(&self.series, *n))
+            .collect();
         Ok(())
     }
 
@@ -490,7 +498,10 @@ fn deliveries(run: &Run, all: &[Series], exports: &[Export]) -> Vec<Delivery> {
         }
     }
     ordered.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-    ordered.into_iter().map(|(_, _, delivery)| delivery).collect()
+    ordered
+        .into_iter()
+        .map(|(_, _, delivery)| delivery)
+        .collect()
 }
 
 #[cfg(test)]
