@@ -37,7 +37,7 @@ impl Place {
         Place(dir)
     }
 
-    fn into(&self) -> PathBuf {
+    fn incoming(&self) -> PathBuf {
         self.0.path().join("in")
     }
 
@@ -48,7 +48,7 @@ impl Place {
     fn simulate(&self, more: &[&str]) -> std::process::Command {
         let mut simulate = command("afterimage");
         simulate.arg("simulate").args(SMALL).args(more);
-        simulate.arg("--into").arg(self.into());
+        simulate.arg("--into").arg(self.incoming());
         simulate.arg("--truth").arg(self.0.path().join("truth"));
         simulate
     }
@@ -58,11 +58,11 @@ impl Place {
     }
 
     fn file(&self, name: &str) -> Vec<u8> {
-        fs::read(self.into().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+        fs::read(self.incoming().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
     }
 
     fn written(&self, name: &str) -> SystemTime {
-        let written = fs::metadata(self.into().join(name)).and_then(|found| found.modified());
+        let written = fs::metadata(self.incoming().join(name)).and_then(|found| found.modified());
         written.unwrap_or_else(|error| panic!("{name}: {error}"))
     }
 }
@@ -123,7 +123,7 @@ fn the_same_seed_and_start_give_the_same_bytes() {
             "truncate=10%",
         ]);
         let truth = fs::read(place.0.path().join("truth/truth.json")).unwrap();
-        (contents(&place.into()), truth)
+        (contents(&place.incoming()), truth)
     };
     let first = run("7");
     assert!(first.0.len() > 10);
@@ -153,7 +153,7 @@ fn files_are_dropped_doubled_swapped_and_cut_as_the_truth_says() {
     // The folder holds what the truth lists and nothing else.
     let mut listed: Vec<&str> = exports.iter().map(|(_, name, _)| name.as_str()).collect();
     listed.sort_unstable();
-    let found = files_of(&place.into());
+    let found = files_of(&place.incoming());
     let found: Vec<&str> = found.iter().map(|path| name_of(path)).collect();
     assert_eq!(found, listed);
     assert_eq!(found.len(), 18);
@@ -235,7 +235,7 @@ fn an_abort_begins_a_new_series_and_a_twin_comes_beside_it() {
     uids.dedup();
     assert_eq!(uids.len(), 4);
     let count = |prefix: &str| {
-        let files = files_of(&place.into());
+        let files = files_of(&place.incoming());
         files
             .iter()
             .filter(|path| name_of(path).starts_with(prefix))
@@ -382,11 +382,11 @@ fn files_of_another_folder_are_sent_again_with_faults() {
     replay.args([
         "simulate", "--speed", "1000", "--fault", "drop=2", "--replay",
     ]);
-    replay.arg(from.into()).arg("--into").arg(to.into());
+    replay.arg(from.incoming()).arg("--into").arg(to.incoming());
     finish(replay).succeeded();
-    let mut expected = contents(&from.into());
+    let mut expected = contents(&from.incoming());
     expected.remove(1);
-    assert_eq!(contents(&to.into()), expected);
+    assert_eq!(contents(&to.incoming()), expected);
 }
 
 #[test]
@@ -404,7 +404,7 @@ fn a_wrong_request_is_refused_before_anything_is_written() {
         (&["--pulses", "/nowhere/trigger"], 1, &["/nowhere/trigger"]),
     ] {
         finish(place.simulate(more)).refused(code, words);
-        assert!(files_of(&place.into()).is_empty());
+        assert!(files_of(&place.incoming()).is_empty());
     }
     let mut nowhere = command("afterimage");
     nowhere.args(["simulate", "--volumes", "5", "--into", "/nowhere"]);
