@@ -137,7 +137,7 @@ fn files_are_dropped_doubled_swapped_and_cut_as_the_truth_says() {
     let place = Place::new();
     place.simulated(&[
         "--speed",
-        "100",
+        "20",
         "--fault",
         "drop=3,7-8",
         "--fault",
@@ -165,7 +165,9 @@ fn files_are_dropped_doubled_swapped_and_cut_as_the_truth_says() {
         place.file("again-001_000005.dcm")
     );
     let written = |name: &str| place.written(name);
-    assert!(written("001_000010.dcm") > written("001_000011.dcm"));
+    // The file system's clock ticks every few milliseconds: the two may have left within one tick,
+    // but not a volume before its successor by the 50 ms of an export in its turn.
+    assert!(written("001_000010.dcm") >= written("001_000011.dcm"));
     assert!(written("001_000010.dcm") < written("001_000012.dcm"));
     let whole = place.file("001_000011.dcm").len();
     let share = exports
