@@ -158,6 +158,7 @@ mod tests {
             began: now,
             acquired: now,
             created: now,
+            study: String::new(),
             series: 1,
             description: "",
             patient: None,

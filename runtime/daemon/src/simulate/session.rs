@@ -155,6 +155,8 @@ pub(super) struct Session {
     /// `[trial, voxel]`, scanner units.
     pub(super) betas: Option<Array2<f32>>,
     format: Format,
+    /// UID of the study that all series belong to.
+    study: String,
     patient: Option<String>,
 }
 
@@ -206,6 +208,7 @@ impl Session {
             truth,
             betas: None,
             format: arguments.format,
+            study: String::new(),
             patient: None,
         })
     }
@@ -300,10 +303,11 @@ impl Session {
         // A series belongs to its seed and the moment it began at.
         let moment = u64::try_from(began.and_utc().timestamp_micros()).unwrap_or(0);
         let uid = |index: usize| {
-            let low = u128::from(moment) << 8 | u128::try_from(index + 1).unwrap_or(0);
+            let low = u128::from(moment) << 8 | u128::try_from(index).unwrap_or(0);
             mosaic::series_uid(u128::from(arguments.seed) << 64 | low)
         };
-        let uids: Vec<_> = (0..timeline.series.len()).map(uid).collect();
+        let study = uid(0).expose().to_owned();
+        let uids: Vec<_> = (1..=timeline.series.len()).map(uid).collect();
         let source = Source::Scanner(Box::new(Scanner::new(
             subject,
             &timeline,
@@ -331,6 +335,7 @@ impl Session {
             truth,
             betas,
             format: arguments.format,
+            study,
             patient: arguments.patient.clone(),
         })
     }
@@ -443,6 +448,7 @@ impl Session {
                     began: self.header_clock.at(series.first_s),
                     acquired: self.header_clock.at(start_s),
                     created: self.header_clock.at(start_s + tr_s),
+                    study: self.study.clone(),
                     series: delivery.series + 1,
                     description: match series.role {
                         Role::Run | Role::Aborted => "simulated run",

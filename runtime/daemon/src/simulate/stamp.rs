@@ -18,6 +18,8 @@ pub(super) struct Stamp {
     pub(super) acquired: NaiveDateTime,
     /// When the volume was whole.
     pub(super) created: NaiveDateTime,
+    /// The study's UID: all series of a simulation are one visit.
+    pub(super) study: String,
     /// The series' number, from 1.
     pub(super) series: usize,
     /// What the series is called.
@@ -60,6 +62,7 @@ impl Stamp {
             elements.push(element((0x0010, 0x0010), b"PN", patient.clone()));
             elements.push(element((0x0010, 0x0020), b"LO", patient.clone()));
         }
+        elements.push(element((0x0020, 0x000d), b"UI", self.study.clone()));
         elements.push(element((0x0020, 0x0011), b"IS", self.series.to_string()));
         elements
     }
@@ -91,7 +94,7 @@ impl Element {
     fn write(&self, out: &mut Vec<u8>) {
         let mut value = self.value.clone().into_bytes();
         if value.len() % 2 == 1 {
-            value.push(b' ');
+            value.push(if &self.vr == b"UI" { 0 } else { b' ' });
         }
         out.extend_from_slice(&self.tag.0.to_le_bytes());
         out.extend_from_slice(&self.tag.1.to_le_bytes());
@@ -187,6 +190,7 @@ mod tests {
             began: time("2026-01-02T23:59:58"),
             acquired: time("2026-01-03T00:00:01.25"),
             created: time("2026-01-03T00:00:02.75"),
+            study: "2.25.17".into(),
             series: 3,
             description: "simulated run",
             patient: Some("SIMULATED^NOBODY".into()),
