@@ -1,11 +1,13 @@
 //! `afterimage simulate`: a scanner to try things with.
 //!
 //! - [`arguments`]: what to simulate; its help is the manual;
-//! - [`base`], [`motion`], [`response`], [`noise`]: the head, and what changes from volume to volume;
+//! - [`base`], [`motion`], [`shown`], [`response`], [`noise`]: the head, and what changes from volume
+//!   to volume;
 //! - [`render`]: one volume after the other;
 //! - [`faults`], [`timeline`]: what happens when, decided before it begins;
 //! - [`pace`], [`pulses`], [`output`], [`store`]: at its time, on its way;
 //! - [`encode`], [`stamp`]: files with times in their headers;
+//! - [`session`]: all of it together;
 //! - [`site`]: what a simulated site knows beforehand; [`truth`]: what was simulated.
 
 mod arguments;
@@ -20,6 +22,7 @@ mod pulses;
 mod render;
 mod response;
 mod session;
+mod shown;
 mod site;
 mod stamp;
 mod store;

@@ -87,8 +87,14 @@ fn put(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), OutputError> {
     };
     let temporary = dir.join(format!(".{name}.part"));
     let path = dir.join(name);
-    fs::write(&temporary, bytes).map_err(io(&temporary))?;
-    fs::rename(&temporary, &path).map_err(io(&path))
+    let written = fs::write(&temporary, bytes)
+        .map_err(io(&temporary))
+        .and_then(|()| fs::rename(&temporary, &path).map_err(io(&path)));
+    if written.is_err() {
+        // On a full disk a part of a file is worse than none.
+        let _ = fs::remove_file(&temporary);
+    }
+    written
 }
 
 /// Adds a volume: the values first, then the header's count, which so never promises too much.

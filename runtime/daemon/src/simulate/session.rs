@@ -12,40 +12,32 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use ndarray::Array2;
-use rtfmri::events::{self, Event};
+use rtfmri::events;
 use rtfmri::glm::Hrf;
-use rtfmri::{Mask, NiftiError, ResampleError, mosaic};
+use rtfmri::{NiftiError, ResampleError, mosaic};
 
-use super::arguments::{Arguments, BetasUnit, HrfName};
+use super::arguments::{Arguments, HrfName};
 use super::base::{Base, BaseError, count};
 use super::encode::{EncodeError, Format, encode};
 use super::faults::{Fault, FaultError};
 use super::motion::{PathError, Pose, relative};
-use super::noise::single;
 use super::output::{Output, OutputError, Parcel};
 use super::pace::{Clock, HeaderClock};
 use super::pulses::{PulseError, PulseLine};
 use super::render::{Mix, Scanner, Subject, volumes_until};
-use super::response::{ResponseError, Responses, Timing, of_percent, places};
-use super::site::{SiteError, drawn_betas, prepare, write_betas};
+use super::response::{ResponseError, Responses, Timing};
+use super::shown::Shown;
+use super::site::{SiteError, prepare, write_betas};
 use super::stamp::Stamp;
 use super::store::Store;
 use super::timeline::{Delivery, Role, Run, Timeline, plan};
-use super::truth::{
-    BETAS_FILE, EventTruth, ExportTruth, HeadTruth, ResponseTruth, SeriesTruth, Truth, VERSION,
-    VolumeTruth,
-};
+use super::truth::{BETAS_FILE, EventTruth, HeadTruth, ResponseTruth, Truth, of_any_source};
 use crate::record;
 
 /// Time after the last onset, seconds.
 const TAIL_S: f64 = 12.0;
-/// What a beta of one stands for where nothing else is said.
-const RESPONSE_SCANNER: f64 = 25.0;
-const RESPONSE_PERCENT: f64 = 2.5;
 /// Longest run, volumes.
 const MAX_VOLUMES: usize = 20_000;
-/// Largest file of betas, bytes.
-const MAX_BETAS_BYTES: u64 = 1 << 30;
 /// So many volumes that leave at once are made ready beforehand.
 const READY_AT_ONCE: usize = 64;
 /// A volume that leaves later than this, seconds, is not on time.
@@ -107,7 +99,7 @@ pub(super) enum SimulateError {
     Record(#[from] record::RecordError),
 }
 
-fn io(path: &Path) -> impl Fn(std::io::Error) -> SimulateError {
+pub(super) fn io(path: &Path) -> impl Fn(std::io::Error) -> SimulateError {
     let path = path.to_path_buf();
     move |source| SimulateError::Io {
         path: path.clone(),
@@ -200,7 +192,8 @@ impl Session {
             drift_ppm: 0.0,
         };
         let source = Source::Files(files);
-        let truth = truth(arguments, &timeline, &header_clock, &source);
+        let named = |delivery: &Delivery| name(&source, arguments.format, delivery);
+        let truth = of_any_source(arguments, &timeline, &header_clock, named);
         Ok(Session {
             source,
             timeline,
@@ -314,7 +307,8 @@ impl Session {
             uids.clone(),
             &poses,
         )));
-        let mut truth = truth(arguments, &timeline, &header_clock, &source);
+        let named = |delivery: &Delivery| name(&source, arguments.format, delivery);
+        let mut truth = of_any_source(arguments, &timeline, &header_clock, named);
         truth.head = Some(head);
         truth.responses = response_truth;
         for (index, series) in truth.series.iter_mut().enumerate() {
@@ -520,100 +514,6 @@ fn possible(arguments: &Arguments) -> Result<(), FaultError> {
     Ok(())
 }
 
-/// What is shown, and what the head answers.
-struct Shown {
-    events: Vec<Event>,
-    /// `[slice, row, column]` of each voxel.
-    places: Vec<[usize; 3]>,
-    /// `[trial, voxel]`, scanner units.
-    betas: Array2<f32>,
-}
-
-impl Shown {
-    fn read(arguments: &Arguments, base: &Base) -> Result<Option<Shown>, SimulateError> {
-        let site = |name: &str| arguments.site.as_ref().map(|site| site.join(name));
-        let mask_path = arguments.mask.clone().or_else(|| site("mask.nii"));
-        let events_path = arguments.events.clone().or_else(|| site("events.tsv"));
-        let needs = |given, needs| Err(SimulateError::Needs { given, needs });
-        let (mask_path, events_path) = match (mask_path, events_path) {
-            (Some(mask), Some(events)) => (mask, events),
-            (Some(_), None) => return needs("mask", "events"),
-            (None, Some(_)) => return needs("events", "mask"),
-            (None, None) if arguments.betas.is_some() => return needs("betas", "mask"),
-            (None, None) => return Ok(None),
-        };
-        let bytes = fs::read(&mask_path).map_err(io(&mask_path))?;
-        let mask = Mask::from_nifti(&bytes).map_err(|source| SimulateError::Mask {
-            path: mask_path.clone(),
-            source,
-        })?;
-        if mask.is_empty() {
-            return Err(ResponseError::Empty { path: mask_path }.into());
-        }
-        let bytes = fs::read(&events_path).map_err(io(&events_path))?;
-        let events = events::parse(&bytes).map_err(|source| SimulateError::Events {
-            path: events_path,
-            source,
-        })?;
-        let places = places(&mask, base)?;
-        let known = site("true_betas.npy").filter(|path| path.is_file());
-        let betas_path = arguments.betas.clone().or(known);
-        let mut betas = match &betas_path {
-            Some(path) => read_betas(path, events.len(), mask.len())?,
-            None => drawn_betas(arguments.seed, events.len(), mask.len()),
-        };
-        let usual = match (&arguments.betas, arguments.betas_unit) {
-            (Some(_), _) => 1.0,
-            (None, BetasUnit::Scanner) => RESPONSE_SCANNER,
-            (None, BetasUnit::Percent) => RESPONSE_PERCENT,
-        };
-        betas *= single(arguments.response.unwrap_or(usual));
-        if arguments.betas_unit == BetasUnit::Percent {
-            of_percent(&mut betas, &places, base);
-        }
-        Ok(Some(Shown {
-            events,
-            places,
-            betas,
-        }))
-    }
-}
-
-fn read_betas(path: &Path, trials: usize, voxels: usize) -> Result<Array2<f32>, SimulateError> {
-    let wrong = |reason: String| SimulateError::Betas {
-        path: path.into(),
-        reason,
-    };
-    let len = fs::metadata(path).map_err(io(path))?.len();
-    if len > MAX_BETAS_BYTES {
-        return Err(wrong(format!(
-            "{len} bytes, at most {MAX_BETAS_BYTES} are read"
-        )));
-    }
-    let bytes = fs::read(path).map_err(io(path))?;
-    let values = crate::reconstruct::npy(&bytes).map_err(wrong)?;
-    if values.shape() != [trials, voxels] {
-        return Err(ResponseError::Betas {
-            path: path.into(),
-            found: values.shape().to_vec(),
-            trials,
-            voxels,
-        }
-        .into());
-    }
-    let betas = values.into_dimensionality::<ndarray::Ix2>();
-    let betas = betas.map_err(|error| wrong(error.to_string()))?;
-    match betas.indexed_iter().find(|(_, beta)| !beta.is_finite()) {
-        None => Ok(betas),
-        Some(((trial, voxel), _)) => Err(ResponseError::NotFinite {
-            path: path.into(),
-            trial: trial + 1,
-            voxel: voxel + 1,
-        }
-        .into()),
-    }
-}
-
 /// Every acquired series' poses, the faults' steps among them.
 fn poses(arguments: &Arguments, timeline: &Timeline) -> Result<Vec<Vec<Pose>>, PathError> {
     let acquired = timeline.series.iter().enumerate();
@@ -637,66 +537,6 @@ fn poses(arguments: &Arguments, timeline: &Timeline) -> Result<Vec<Vec<Pose>>, P
             Ok(poses)
         })
         .collect()
-}
-
-/// What is true of any source.
-fn truth(
-    arguments: &Arguments,
-    timeline: &Timeline,
-    header_clock: &HeaderClock,
-    source: &Source,
-) -> Truth {
-    let time = |at_s: f64| {
-        let time = header_clock.at(at_s);
-        time.format("%Y-%m-%dT%H:%M:%S%.6f").to_string()
-    };
-    let mut exports: BTreeMap<(usize, usize), Vec<ExportTruth>> = BTreeMap::new();
-    for delivery in &timeline.deliveries {
-        let place = (delivery.series, delivery.volume);
-        exports.entry(place).or_default().push(ExportTruth {
-            at_s: delivery.at_s,
-            name: name(source, arguments.format, delivery),
-            kept_share: delivery.kept_share,
-        });
-    }
-    let series = timeline.series.iter().enumerate().map(|(index, series)| {
-        let volumes = (1..=series.volumes).map(|volume| {
-            let start_s = series.first_s + count(volume - 1) * arguments.tr;
-            VolumeTruth {
-                volume,
-                start_s,
-                header_time: time(start_s),
-                exports: exports.remove(&(index, volume)).unwrap_or_default(),
-            }
-        });
-        SeriesTruth {
-            series: index + 1,
-            role: series.role,
-            same_volumes_as: series.source + 1,
-            n_volumes: series.volumes,
-            first_s: series.first_s,
-            series_uid: None,
-            volumes: volumes.collect(),
-            motion_params_txyz_mm_rxyz_deg: Vec::new(),
-            matrices_ras: Vec::new(),
-            matrices_from_base_ras: Vec::new(),
-        }
-    });
-    let series = series.collect();
-    Truth {
-        version: VERSION,
-        software: format!("afterimage {}", env!("CARGO_PKG_VERSION")),
-        seed: arguments.seed,
-        tr_s: arguments.tr,
-        speed: arguments.speed,
-        began: time(0.0),
-        clock_drift_ppm: timeline.clock_drift_ppm,
-        head: None,
-        responses: None,
-        series,
-        pulses: timeline.pulses.clone(),
-        faults: timeline.faults.clone(),
-    }
 }
 
 /// What a file is called: series and volume, or its own name where it had one.

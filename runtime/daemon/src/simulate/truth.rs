@@ -4,11 +4,16 @@
 //! is in the convention of [`super::motion`]; `matrices_ras` are from the first volume of their
 //! series to each volume, `matrices_from_base_ras` from the base.
 
+use std::collections::BTreeMap;
+
 use rtfmri::volume::Affine;
 use serde::Serialize;
 
+use super::arguments::Arguments;
+use super::base::count;
 use super::motion::Pose;
-use super::timeline::{Injected, Pulse, Role};
+use super::pace::HeaderClock;
+use super::timeline::{Delivery, Injected, Pulse, Role, Timeline};
 
 /// The layout of this file.
 pub(super) const VERSION: u32 = 1;
@@ -123,4 +128,66 @@ pub(super) struct ExportTruth {
     /// How much of the file is there, where not all of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) kept_share: Option<f64>,
+}
+
+/// What is true whether the volumes are simulated or files.
+///
+/// - `name`: what a delivery's file is called.
+pub(super) fn of_any_source(
+    arguments: &Arguments,
+    timeline: &Timeline,
+    header_clock: &HeaderClock,
+    name: impl Fn(&Delivery) -> String,
+) -> Truth {
+    let time = |at_s: f64| {
+        let time = header_clock.at(at_s);
+        time.format("%Y-%m-%dT%H:%M:%S%.6f").to_string()
+    };
+    let mut exports: BTreeMap<(usize, usize), Vec<ExportTruth>> = BTreeMap::new();
+    for delivery in &timeline.deliveries {
+        let place = (delivery.series, delivery.volume);
+        exports.entry(place).or_default().push(ExportTruth {
+            at_s: delivery.at_s,
+            name: name(delivery),
+            kept_share: delivery.kept_share,
+        });
+    }
+    let series = timeline.series.iter().enumerate().map(|(index, series)| {
+        let volumes = (1..=series.volumes).map(|volume| {
+            let start_s = series.first_s + count(volume - 1) * arguments.tr;
+            VolumeTruth {
+                volume,
+                start_s,
+                header_time: time(start_s),
+                exports: exports.remove(&(index, volume)).unwrap_or_default(),
+            }
+        });
+        SeriesTruth {
+            series: index + 1,
+            role: series.role,
+            same_volumes_as: series.source + 1,
+            n_volumes: series.volumes,
+            first_s: series.first_s,
+            series_uid: None,
+            volumes: volumes.collect(),
+            motion_params_txyz_mm_rxyz_deg: Vec::new(),
+            matrices_ras: Vec::new(),
+            matrices_from_base_ras: Vec::new(),
+        }
+    });
+    let series = series.collect();
+    Truth {
+        version: VERSION,
+        software: format!("afterimage {}", env!("CARGO_PKG_VERSION")),
+        seed: arguments.seed,
+        tr_s: arguments.tr,
+        speed: arguments.speed,
+        began: time(0.0),
+        clock_drift_ppm: timeline.clock_drift_ppm,
+        head: None,
+        responses: None,
+        series,
+        pulses: timeline.pulses.clone(),
+        faults: timeline.faults.clone(),
+    }
 }
