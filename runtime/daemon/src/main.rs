@@ -47,8 +47,7 @@ enum Command {
         #[arg(long)]
         config: Option<PathBuf>,
     },
-    /// Simulate a scanner: DICOM mosaics into a folder, at a clock of their own
-    Simulate(simulate::Arguments),
+    Simulate(Box<simulate::Arguments>),
     /// Decode recorded betas into PNG files, without a scanner
     Reconstruct(reconstruct::Arguments),
     /// Run a recorded session again and compare: same betas to the bit, same pictures to the byte

@@ -294,7 +294,7 @@ fn read_betas(path: &Path) -> Result<Array3<f32>, ReconstructError> {
 }
 
 /// Views compare the header's shape with the length before anything is allocated.
-fn npy(bytes: &[u8]) -> Result<ArrayD<f32>, String> {
+pub(crate) fn npy(bytes: &[u8]) -> Result<ArrayD<f32>, String> {
     match ArrayViewD::<f32>::view_npy(bytes) {
         Ok(values) => Ok(values.to_owned()),
         Err(error) => match ArrayViewD::<f64>::view_npy(bytes) {
