@@ -787,3 +787,6 @@ impl Receiver {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
