@@ -127,7 +127,7 @@ fn storescu_delivers_a_series() {
         took.as_secs_f64() * 1e3 / files.len() as f64
     );
     let acknowledged = format!("{}{}", sent.stdout, sent.stderr)
-        .matches("Status: Success")
+        .matches("Store Response (Success)")
         .count();
     assert_eq!(acknowledged, files.len(), "{sent:?}");
     wait_for_volumes(&mut daemon, files.len());

@@ -87,7 +87,14 @@ struct Receiver {
     faults: SyncSender<Event>,
     /// Bytes of objects that are coming in.
     coming: AtomicU64,
-    told: Mutex<BTreeMap<Trouble, Instant>>,
+    told: Mutex<Told>,
+}
+
+/// What was told to the operator, and what the main thread has had no room for yet.
+#[derive(Default)]
+struct Told {
+    last: BTreeMap<Trouble, Instant>,
+    waiting: BTreeMap<Trouble, String>,
 }
 
 /// What is told to the operator, each once in a while.
@@ -153,7 +160,7 @@ pub(super) fn spawn(
         files,
         faults,
         coming: AtomicU64::new(0),
-        told: Mutex::new(BTreeMap::new()),
+        told: Mutex::default(),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -210,6 +217,7 @@ async fn listen(receiver: &Arc<Receiver>, stop: &AtomicBool) {
         return;
     };
     while !stop.load(Ordering::Relaxed) {
+        receiver.tell_what_waits();
         let Ok(accepted) = timeout(TICK, listener.accept()).await else {
             continue;
         };
@@ -284,6 +292,7 @@ async fn bind(receiver: &Receiver, stop: &AtomicBool) -> Option<TcpListener> {
             }
             last = Some(Instant::now());
         }
+        receiver.tell_what_waits();
         tokio::time::sleep(TICK).await;
     }
     None
@@ -776,14 +785,29 @@ impl Receiver {
     fn tell(&self, trouble: Trouble, text: String) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let recent = told
+            .last
             .get(&trouble)
             .is_some_and(|last| last.elapsed() < TELL_EVERY);
-        if recent {
-            return;
+        if !recent {
+            told.last.insert(trouble, Instant::now());
+            told.waiting.insert(trouble, text);
         }
-        // A main thread that is behind hears of it the next time.
-        if self.faults.try_send(Event::Fault(text)).is_ok() {
-            told.insert(trouble, Instant::now());
+        drop(told);
+        self.tell_what_waits();
+    }
+
+    /// Tells what there was no room for; nothing here waits for the main thread.
+    fn tell_what_waits(&self) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some((trouble, text)) = told.waiting.pop_first() {
+            match self.faults.try_send(Event::Fault(text)) {
+                Ok(()) => {}
+                Err(TrySendError::Full(Event::Fault(text))) => {
+                    told.waiting.insert(trouble, text);
+                    return;
+                }
+                Err(_) => return,
+            }
         }
     }
 }
