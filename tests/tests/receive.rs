@@ -2,7 +2,7 @@
 //! that says what no client should.
 //!
 //! `storescu` and `echoscu` come with dcmtk, `pynetdicom` with pip (for the `python3` that is found,
-//! or the one that `PYTHON` names). Where one is missing, its test says so and passes.
+//! or the one that `PYTHON` names), `openssl` with itself. Where one is missing, its test says so and passes.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::fs;
@@ -17,7 +17,7 @@ use dicom_ul::association::{
 use dicom_ul::pdu::{PDataValue, PDataValueType, Pdu};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use system_tests::daemon::Daemon;
+use system_tests::daemon::{Daemon, PATIENCE};
 use system_tests::material::{TRIALS, phantom, signed};
 use system_tests::one_at_a_time;
 use system_tests::program::{Ended, finish};
@@ -33,6 +33,8 @@ const EXPLICIT: &str = "1.2.840.10008.1.2.1";
 const C_STORE: u16 = 0x0001;
 const C_ECHO: u16 = 0x0030;
 const NO_DATA_SET: u16 = 0x0101;
+/// Exit code of settings that no other try will mend.
+const SETTING: i32 = 78;
 /// Statuses of C-STORE.
 const SUCCESS: u16 = 0x0000;
 const TOO_LONG: u16 = 0xc001;
@@ -152,6 +154,87 @@ fn storescu_delivers_a_series() {
     assert_eq!(daemon.pictured().len(), TRIALS as usize);
     assert_eq!(spooled(&site), 0);
     daemon.stop();
+}
+
+/// Writes a key and a certificate for a name; one's own where nobody signs.
+fn certificate(dir: &Path, name: &str, signer: Option<&str>) {
+    let file = |name: &str, end: &str| dir.join(format!("{name}.{end}"));
+    let mut openssl = Command::new("openssl");
+    openssl
+        .args([
+            "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+        ])
+        .args(["-subj", &format!("/CN={name}")])
+        .arg("-keyout")
+        .arg(file(name, "key"))
+        .arg("-out")
+        .arg(file(name, "crt"));
+    if let Some(signer) = signer {
+        openssl
+            .args(["-addext", "basicConstraints=critical,CA:FALSE"])
+            .args(["-addext", "subjectAltName=IP:127.0.0.1"])
+            .arg("-CA")
+            .arg(file(signer, "crt"))
+            .arg("-CAkey")
+            .arg(file(signer, "key"));
+    }
+    finish(openssl).succeeded();
+}
+
+#[test]
+fn storescu_delivers_encrypted_and_only_with_a_certificate() {
+    let _turn = one_at_a_time();
+    let signs = outside("openssl", &["req", "-help"]).is_some();
+    if storescu().is_none() || !signs {
+        println!("openssl or storescu was not found, nothing is tested");
+        return;
+    }
+    let site = Site::of_phantom(signed(), phantom());
+    let address = listening(&site);
+    let dir = site.dir();
+    certificate(dir, "hospital", None);
+    certificate(dir, "box", Some("hospital"));
+    certificate(dir, "scanner", Some("hospital"));
+    certificate(dir, "stranger", None);
+    site.change(
+        "[task]",
+        "[receive.tls]\ncertificate = \"box.crt\"\nkey = \"box.key\"\nclients = \
+         \"hospital.crt\"\n[task]",
+    );
+    let mut daemon = Daemon::start(&site);
+    let files = &phantom().files;
+    let send = |who: &str| {
+        let mut command = storescu().unwrap();
+        let path = |end: &str| dir.join(format!("{who}.{end}"));
+        command
+            .args(["-v", "-aet", SCANNER, "-aec", BOX])
+            .arg("+tls")
+            .arg(path("key"))
+            .arg(path("crt"))
+            .arg("+cf")
+            .arg(dir.join("hospital.crt"))
+            .arg(address.ip().to_string())
+            .arg(address.port().to_string())
+            .args(files);
+        finish(command)
+    };
+    assert!(!send("stranger").status.success());
+    let clear = send_with_storescu(SCANNER, address, &files[..1]).unwrap();
+    assert!(!clear.status.success(), "{clear:?}");
+    daemon.wait("the refusal to be said", |daemon| {
+        let said = |fault: &String| fault.contains("receive.tls");
+        daemon.faults().iter().any(said).then_some(())
+    });
+    assert_eq!(volumes_in(&daemon), 0);
+    send("scanner").succeeded();
+    wait_for_volumes(&mut daemon, files.len());
+    daemon.stop();
+
+    fs::write(dir.join("box.key"), "no key").unwrap();
+    let mut daemon = Daemon::spawn(&site);
+    let status = daemon.ended(PATIENCE);
+    assert_eq!(status.code(), Some(SETTING), "{}", daemon.log());
+    assert!(daemon.log().contains("receive.tls.key"), "{}", daemon.log());
 }
 
 /// Sends files one by one over one association, and an echo before; says each status.

@@ -18,7 +18,7 @@ use wire::Tier;
 
 use crate::acquire::TierPlan;
 use self::receive::RawReceive;
-pub(crate) use self::receive::Receive;
+pub(crate) use self::receive::{Receive, ReceiveTls};
 use crate::memory::Feature;
 
 const DEFAULTS: &str = include_str!("defaults.toml");
@@ -449,7 +449,7 @@ impl RawSettings {
             seed: self.session.seed,
             folder,
             existing_files: self.scanner.existing_files,
-            receive: self.receive.checked()?,
+            receive: self.receive.checked(base)?,
             max_file_bytes: max_file_mib << 20,
             tr_ms: self.scanner.tr_ms,
             // The file may appear after the daemon does; what is wrong with it is said at the run.

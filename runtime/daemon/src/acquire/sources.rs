@@ -148,6 +148,7 @@ impl From<StartError> for RoleError {
     fn from(error: StartError) -> RoleError {
         match error {
             StartError::Record(error) => RoleError::Record(error),
+            StartError::Tls(error) => RoleError::Setting(chain(&error)),
             StartError::Thread(source) => RoleError::Thread { source },
         }
     }

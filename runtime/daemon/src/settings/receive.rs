@@ -1,11 +1,12 @@
 //! `[receive]`: the DICOM receiver; off until it is told where to listen.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::{SettingsError, whole};
+use super::{Kind, SettingsError, present, whole};
 
 /// Longest title of an application entity (PS3.5, table 6.2-1).
 const MAX_TITLE: usize = 16;
@@ -21,6 +22,15 @@ pub(super) struct RawReceive {
     association_timeout_s: u64,
     idle_timeout_s: u64,
     object_timeout_s: u64,
+    tls: Option<RawTls>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTls {
+    certificate: PathBuf,
+    key: PathBuf,
+    clients: Option<PathBuf>,
 }
 
 /// Who may send images, and how.
@@ -42,11 +52,24 @@ pub(crate) struct Receive {
     pub(crate) idle_timeout: Duration,
     /// Longest time for one object.
     pub(crate) object_timeout: Duration,
+    /// Encryption; without it associations are in the clear.
+    pub(crate) tls: Option<ReceiveTls>,
+}
+
+/// What associations are encrypted with: files in PEM.
+#[derive(Clone, Debug)]
+pub(crate) struct ReceiveTls {
+    /// This box's certificate, with those that vouch for it.
+    pub(crate) certificate: PathBuf,
+    /// Its private key.
+    pub(crate) key: PathBuf,
+    /// Who vouches for senders; any sender is heard where absent.
+    pub(crate) clients: Option<PathBuf>,
 }
 
 impl RawReceive {
-    /// Checks every value; `None` where there is no address.
-    pub(super) fn checked(self) -> Result<Option<Receive>, SettingsError> {
+    /// Checks every value, relative paths taken from `base`; `None` where there is no address.
+    pub(super) fn checked(self, base: &Path) -> Result<Option<Receive>, SettingsError> {
         let ae_title = title("receive.ae_title", &self.ae_title)?;
         let allow: Vec<String> = self
             .allow
@@ -67,6 +90,18 @@ impl RawReceive {
         )?;
         let idle_timeout = seconds("receive.idle_timeout_s", self.idle_timeout_s, 3600)?;
         let object_timeout = seconds("receive.object_timeout_s", self.object_timeout_s, 600)?;
+        let file = |field, path: PathBuf| present(field, base.join(path), Kind::File);
+        let tls = match self.tls {
+            None => None,
+            Some(tls) => Some(ReceiveTls {
+                certificate: file("receive.tls.certificate", tls.certificate)?,
+                key: file("receive.tls.key", tls.key)?,
+                clients: tls
+                    .clients
+                    .map(|clients| file("receive.tls.clients", clients))
+                    .transpose()?,
+            }),
+        };
         let Some(listen) = self.listen else {
             return Ok(None);
         };
@@ -91,6 +126,7 @@ impl RawReceive {
             association_timeout,
             idle_timeout,
             object_timeout,
+            tls,
         }))
     }
 }

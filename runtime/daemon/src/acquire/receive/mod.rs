@@ -17,6 +17,7 @@
 
 mod dimse;
 mod spool;
+mod tls;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -43,6 +44,7 @@ use tokio::time::timeout;
 use self::dimse::{Command, Request, Status};
 pub(super) use self::spool::Spooled;
 use self::spool::{KeepError, Spool};
+use self::tls::TlsError;
 use super::TICK;
 use super::sources::Event;
 use super::watch::Found;
@@ -82,6 +84,7 @@ struct Receiver {
     settings: Receive,
     /// Longest object.
     max_bytes: u64,
+    tls: Option<Arc<rustls::ServerConfig>>,
     spool: Arc<Spool>,
     files: SyncSender<Found>,
     faults: SyncSender<Event>,
@@ -101,6 +104,7 @@ struct Told {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Trouble {
     Address,
+    Tls,
     Calling,
     Called,
     NoContext,
@@ -152,10 +156,12 @@ pub(super) fn spawn(
     faults: SyncSender<Event>,
     stop: &Arc<AtomicBool>,
 ) -> Result<(), StartError> {
+    let tls = settings.tls.as_ref().map(tls::config).transpose()?;
     let (spool, left) = Spool::open(incoming, known, limits.waiting)?;
     let receiver = Receiver {
         settings: settings.clone(),
         max_bytes: limits.object_bytes,
+        tls,
         spool,
         files,
         faults,
@@ -204,6 +210,9 @@ pub(super) enum StartError {
     /// The spool.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The files of `receive.tls`.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The thread.
     #[error("no thread can be started")]
     Thread(#[from] io::Error),
@@ -382,26 +391,51 @@ async fn serve_stream(receiver: &Arc<Receiver>, stream: TcpStream, peer: SocketA
         options = options.with_transfer_syntax(syntax);
     }
     let patience = receiver.settings.association_timeout;
-    let established = timeout(patience, options.establish_async(stream)).await;
+    let agreed = if let Some(config) = &receiver.tls {
+        let options = options.tls_config(Arc::clone(config));
+        match timeout(patience, options.establish_tls_async(stream)).await {
+            Ok(Ok(association)) => {
+                serve(receiver, association, peer).await;
+                true
+            }
+            _ => false,
+        }
+    } else {
+        match timeout(patience, options.establish_async(stream)).await {
+            Ok(Ok(association)) => {
+                serve(receiver, association, peer).await;
+                true
+            }
+            _ => false,
+        }
+    };
     let refused = refusal
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .take();
-    match (established, refused) {
-        (Ok(Ok(association)), _) => serve(receiver, association, peer).await,
-        (_, Some((Trouble::Called, title))) => receiver.tell(
+    match refused {
+        Some((Trouble::Called, title)) => receiver.tell(
             Trouble::Called,
             format!(
                 "A DICOM sender was refused: it calls {title}, receive.ae_title is {}",
                 receiver.settings.ae_title
             ),
         ),
-        (_, Some((trouble, title))) => receiver.tell(
+        Some((trouble, title)) => receiver.tell(
             trouble,
             format!("A DICOM sender was refused: its title {title} is not in receive.allow"),
         ),
+        None if agreed => {}
+        None if receiver.tls.is_some() => receiver.tell(
+            Trouble::Tls,
+            format!(
+                "A DICOM sender at {} was refused: no encrypted association could be agreed upon \
+                 (receive.tls)",
+                peer.ip()
+            ),
+        ),
         // Port scanners, health checks of load balancers, half-open connections.
-        _ => tracing::debug!(peer = %peer.ip(), "a connection asked for no association"),
+        None => tracing::debug!(peer = %peer.ip(), "a connection asked for no association"),
     }
 }
 

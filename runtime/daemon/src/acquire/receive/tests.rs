@@ -42,6 +42,7 @@ fn running(waiting: usize, change: impl FnOnce(&mut Receive)) -> Running {
         association_timeout: Duration::from_secs(5),
         idle_timeout: Duration::from_secs(5),
         object_timeout: Duration::from_secs(5),
+        tls: None,
     };
     drop(free);
     change(&mut settings);
