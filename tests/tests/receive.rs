@@ -4,6 +4,7 @@
 //! `storescu` and `echoscu` come with dcmtk, `pynetdicom` with pip (for the `python3` that is found,
 //! or the one that `PYTHON` names), `openssl` with itself. Where one is missing, its test says so and passes.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+#![expect(clippy::print_stdout, reason = "a test says what it was done without")]
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener, TcpStream};
