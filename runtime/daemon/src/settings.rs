@@ -13,12 +13,11 @@ use config::{Config, Environment, File, FileFormat};
 use decoder::Fidelity;
 use rtfmri::glm::{Hrf, Noise};
 use serde::Deserialize;
-
 use wire::Tier;
 
-use crate::acquire::TierPlan;
 use self::receive::RawReceive;
 pub(crate) use self::receive::{Receive, ReceiveTls};
+use crate::acquire::TierPlan;
 use crate::memory::Feature;
 
 const DEFAULTS: &str = include_str!("defaults.toml");
