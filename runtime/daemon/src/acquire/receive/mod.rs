@@ -74,6 +74,8 @@ const HEAR_OUT: u64 = 4;
 const BIND_AGAIN: Duration = Duration::from_secs(5);
 /// How often one kind of trouble is told; an outsider can repeat it at will.
 const TELL_EVERY: Duration = Duration::from_secs(30);
+/// How long a refused peer may take to close its connection.
+const HOLD: Duration = Duration::from_secs(1);
 /// Peers that are told in turn that there is no place for them.
 const MAX_TURNED_AWAY: usize = 8;
 /// A-ASSOCIATE-RJ: transient, of the provider, local limit exceeded (PS3.8, 9.3.4).
@@ -373,6 +375,21 @@ fn plain_title(title: &str) -> String {
     title.map(|c| if plain(c) { c } else { '?' }).collect()
 }
 
+/// A second hold on a connection: the first one closes with a refusal, and a peer that sees the end
+/// together with its reason may report a broken line instead.
+fn twice(stream: TcpStream) -> io::Result<(TcpStream, Option<TcpStream>)> {
+    let stream = stream.into_std()?;
+    let line = TcpStream::from_std(stream.try_clone()?)?;
+    Ok((TcpStream::from_std(stream)?, Some(line)))
+}
+
+/// Waits for the peer to close the connection, for a moment (PS3.8, 9.1.5).
+async fn hold(mut line: TcpStream) {
+    let mut rest = [0_u8; 512];
+    // Whatever else it says is not heard.
+    let _ = timeout(HOLD, line.read(&mut rest)).await;
+}
+
 async fn serve_stream(receiver: &Arc<Receiver>, stream: TcpStream, peer: SocketAddr) {
     let refusal = Arc::new(Mutex::new(None));
     let mut options = ServerAssociationOptions::new()
@@ -390,11 +407,15 @@ async fn serve_stream(receiver: &Arc<Receiver>, stream: TcpStream, peer: SocketA
     for syntax in TRANSFER_SYNTAXES {
         options = options.with_transfer_syntax(syntax);
     }
+    let Ok((stream, mut line)) = twice(stream) else {
+        return;
+    };
     let patience = receiver.settings.association_timeout;
     let agreed = if let Some(config) = &receiver.tls {
         let options = options.tls_config(Arc::clone(config));
         match timeout(patience, options.establish_tls_async(stream)).await {
             Ok(Ok(association)) => {
+                line = None;
                 serve(receiver, association, peer).await;
                 true
             }
@@ -403,6 +424,7 @@ async fn serve_stream(receiver: &Arc<Receiver>, stream: TcpStream, peer: SocketA
     } else {
         match timeout(patience, options.establish_async(stream)).await {
             Ok(Ok(association)) => {
+                line = None;
                 serve(receiver, association, peer).await;
                 true
             }
@@ -436,6 +458,9 @@ async fn serve_stream(receiver: &Arc<Receiver>, stream: TcpStream, peer: SocketA
         ),
         // Port scanners, health checks of load balancers, half-open connections.
         None => tracing::debug!(peer = %peer.ip(), "a connection asked for no association"),
+    }
+    if let Some(line) = line {
+        hold(line).await;
     }
 }
 
