@@ -34,6 +34,7 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
     docs.env("RUSTDOCFLAGS", "-D warnings");
     step("documentation", docs)?;
     dependencies()?;
+    clients();
     let library = onnxruntime::ensure()?;
     // The system tests start the built programs, so those come first.
     step("programs", cargo(&["build", "--workspace", "--locked"]))?;
@@ -76,6 +77,28 @@ fn dependencies() -> Result<(), workspace::CommandError> {
     // Advisories need a database from the network; `cargo deny check advisories` asks for it.
     let checks = ["deny", "--locked", "check", "bans", "licenses", "sources"];
     step("dependencies", cargo(&checks))
+}
+
+/// Says which clients of others, that the tests of the DICOM receiver use, are not installed.
+fn clients() {
+    let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".into());
+    let clients: [(&str, &str, &[&str]); 3] = [
+        ("storescu (dcmtk)", "storescu", &["--version"]),
+        ("pynetdicom", &python, &["-c", "import pynetdicom"]),
+        ("openssl", "openssl", &["version"]),
+    ];
+    for (name, program, arguments) in clients {
+        let present = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .is_ok_and(|status| status.success());
+        if !present {
+            println!("DICOM receiver: not tested with {name}, which is not installed");
+        }
+    }
 }
 
 fn cargo(arguments: &[&str]) -> Command {

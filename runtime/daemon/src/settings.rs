@@ -3,6 +3,8 @@
 //! Nothing past [`Settings::load`] sees the raw form, and no port or folder is opened before it.
 //! Environment variables are named after the field, `AFTERIMAGE__WEB__LISTEN` for `web.listen`.
 
+mod receive;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,9 +13,10 @@ use config::{Config, Environment, File, FileFormat};
 use decoder::Fidelity;
 use rtfmri::glm::{Hrf, Noise};
 use serde::Deserialize;
-
 use wire::Tier;
 
+use self::receive::RawReceive;
+pub(crate) use self::receive::{Receive, ReceiveTls};
 use crate::acquire::TierPlan;
 use crate::memory::Feature;
 
@@ -95,6 +98,7 @@ struct RawSettings {
     paths: RawPaths,
     session: RawSession,
     scanner: RawScanner,
+    receive: RawReceive,
     task: RawTask,
     subject: RawSubject,
     model: RawModel,
@@ -235,6 +239,8 @@ pub(crate) struct Settings {
     pub(crate) folder: PathBuf,
     /// What to do with files found there at the beginning.
     pub(crate) existing_files: ExistingFiles,
+    /// The DICOM receiver, where it is asked for.
+    pub(crate) receive: Option<Receive>,
     /// Longest scanner file.
     pub(crate) max_file_bytes: u64,
     /// Repetition time that runs must have, milliseconds.
@@ -442,6 +448,7 @@ impl RawSettings {
             seed: self.session.seed,
             folder,
             existing_files: self.scanner.existing_files,
+            receive: self.receive.checked(base)?,
             max_file_bytes: max_file_mib << 20,
             tr_ms: self.scanner.tr_ms,
             // The file may appear after the daemon does; what is wrong with it is said at the run.
@@ -623,6 +630,34 @@ mod tests {
             message.contains("foldr") && message.contains("site.toml"),
             "{message}"
         );
+    }
+
+    #[test]
+    fn a_receiver_is_off_until_it_listens_and_wants_to_know_who_may_send() {
+        let dir = tempfile::tempdir().unwrap();
+        let load = |more: &str| Settings::load(Some(&site(dir.path(), more)));
+        assert!(load("").unwrap().receive.is_none());
+        let on = "[receive]\nlisten = \"127.0.0.1:11112\"\n";
+        let message = load(on).unwrap_err().to_string();
+        assert!(message.contains("receive.allow"), "{message}");
+        let receive = load(&format!(
+            "{on}allow = [\" MR1 \"]\npeers = [\"::ffff:10.0.0.1\"]"
+        ));
+        let receive = receive.unwrap().receive.unwrap();
+        assert_eq!(receive.allow, ["MR1"]);
+        assert_eq!(receive.peers[0].to_string(), "10.0.0.1");
+        for (wrong, field) in [
+            ("ae_title = \"LONGER THAN SIXTEEN\"", "receive.ae_title"),
+            ("allow = [\"back\\\\slash\"]", "receive.allow"),
+            ("peers = [\"scanner\"]", "receive.peers"),
+            ("idle_timeout_s = 0", "receive.idle_timeout_s"),
+            ("max_associations = 99", "receive.max_associations"),
+        ] {
+            let message = load(&format!("[receive]\n{wrong}"))
+                .unwrap_err()
+                .to_string();
+            assert!(message.contains(field), "{message}");
+        }
     }
 
     #[test]

@@ -1,15 +1,19 @@
 //! The role that waits for nobody: volumes in, trials out, everything on record.
 //!
 //! ```text
-//! watch thread ──files──► parse thread ──(child)──► main thread: runs, trials, record ──► publisher
+//! watch thread ────┐
+//!                  ├─files─► read thread ──(child)──► main thread: runs, trials, record ──► publisher
+//! receive thread ──┘
 //! ```
 //!
-//! The main thread owns all state and drains one bounded queue. The two threads before it may wait
-//! for room: files stay in the folder and are found again. Nothing waits for a listener.
+//! The main thread owns all state and drains one bounded queue. The threads before it may wait for
+//! room: files stay in the folder and are found again, and who sends objects is told to send them
+//! again. Nothing waits for a listener.
 
 mod parser;
 mod plan;
 mod quarantine;
+mod receive;
 pub(crate) mod run;
 mod sources;
 mod watch;
@@ -30,7 +34,7 @@ use wire::{FromAcquire, ParseReply, SessionMessage, Tier, TrialMessage, VolumeMe
 use self::quarantine::Quarantine;
 pub(crate) use self::run::TierPlan;
 use self::run::{Hops, Plan, Run, Taken};
-use self::sources::{Event, READ_AHEAD, spawn_readers};
+use self::sources::{Event, READ_AHEAD, ReadFile, spawn_readers};
 use self::watch::Found;
 use crate::link::{Keep, Publisher, trial_key};
 use crate::logging::chain;
@@ -76,10 +80,12 @@ pub(crate) fn main(settings: &Settings, stop: &Arc<AtomicBool>) -> Result<(), Ro
     let mut acquire = Acquire::new(settings, mask, session, publisher)?;
     let (sender, receiver) = sync_channel(READ_AHEAD);
     let started_at_ms = acquire.session.file.started_at_ms;
+    let incoming = acquire.session.dir.join("incoming");
     spawn_readers(
         settings,
         started_at_ms,
         acquire.known_files(),
+        incoming,
         &sender,
         stop,
     )?;
@@ -207,14 +213,7 @@ impl Acquire {
                 Ok(Event::Fault(text)) => self.fault(text),
                 Ok(Event::Read(read)) => {
                     self.hops.file = Some(read.file.noticed);
-                    match read.reply {
-                        Ok(ParseReply::Volume(volume)) => {
-                            self.volume(volume, &read.file, read.arrived_ms);
-                        }
-                        Ok(ParseReply::Refused { reason }) | Err(reason) => {
-                            self.put_aside(&read.file, &read.bytes, &reason);
-                        }
-                    }
+                    self.read(*read);
                 }
                 Err(RecvTimeoutError::Timeout) => self.look_after_runs(due),
                 // A reader thread is gone, which only a defect can cause; the session stays open.
@@ -226,6 +225,20 @@ impl Acquire {
         }
         self.finish();
         Ok(())
+    }
+
+    /// Takes what became of a file; afterwards it is on record, or said, and its place is given up.
+    fn read(&mut self, read: ReadFile) {
+        let settled = read.can_be_given_up();
+        match read.reply {
+            Ok(ParseReply::Volume(volume)) => self.volume(volume, &read.file, read.arrived_ms),
+            Ok(ParseReply::Refused { reason }) | Err(reason) => {
+                self.put_aside(&read.file, &read.bytes, &reason);
+            }
+        }
+        if settled {
+            read.file.give_up();
+        }
     }
 
     /// What can wait until no file does.
@@ -393,7 +406,7 @@ impl Acquire {
             reason: reason.into(),
             at_ms: record::now_ms(),
         });
-        let name = quarantine::plain_name(&file.path);
+        let name = file.plain_name();
         let fault = match kept {
             Ok(Some(place)) => {
                 format!("File {name} is not used: {reason}. A copy is kept as quarantine/{place}")

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -16,6 +17,7 @@ use wire::ParseReply;
 use super::TICK;
 use super::parser::{Parser, ParserError};
 use super::plan::read_bounded;
+use super::receive::{self, Limits, StartError};
 use super::watch::{Found, Notice, Watcher};
 use crate::logging::chain;
 use crate::record;
@@ -42,14 +44,25 @@ pub(super) struct ReadFile {
     pub(super) bytes: Vec<u8>,
 }
 
+impl ReadFile {
+    /// Whether another try would change nothing: the file was read, or its copy is at hand.
+    pub(super) fn can_be_given_up(&self) -> bool {
+        self.reply.is_ok() || !self.bytes.is_empty()
+    }
+}
+
 /// Files that were read and wait for the main thread: each may be a whole volume.
 pub(super) const READ_AHEAD: usize = 4;
 
 /// Starts the threads that find and read files.
+///
+/// - `known`: files and objects that are on record.
+/// - `incoming`: where received objects wait.
 pub(super) fn spawn_readers(
     settings: &Settings,
     started_at_ms: u64,
     known: BTreeSet<[u8; 16]>,
+    incoming: PathBuf,
     sender: &SyncSender<Event>,
     stop: &Arc<AtomicBool>,
 ) -> Result<(), RoleError> {
@@ -59,6 +72,21 @@ pub(super) fn spawn_readers(
         ExistingFiles::Take => None,
     };
     let (files, found) = sync_channel::<Found>(settings.queue);
+    if let Some(receive) = &settings.receive {
+        let limits = Limits {
+            object_bytes: settings.max_file_bytes,
+            waiting: settings.queue,
+        };
+        receive::spawn(
+            receive,
+            incoming,
+            limits,
+            known.iter().copied(),
+            files.clone(),
+            sender.clone(),
+            stop,
+        )?;
+    }
     let (watching, stopping) = (sender.clone(), Arc::clone(stop));
     let folder = settings.folder.clone();
     thread::Builder::new()
@@ -114,6 +142,16 @@ pub(super) fn spawn_readers(
         })
         .map_err(thread_error)?;
     Ok(())
+}
+
+impl From<StartError> for RoleError {
+    fn from(error: StartError) -> RoleError {
+        match error {
+            StartError::Record(error) => RoleError::Record(error),
+            StartError::Tls(error) => RoleError::Setting(chain(&error)),
+            StartError::Thread(source) => RoleError::Thread { source },
+        }
+    }
 }
 
 /// When a file arrived: by its own time of change, where that is believable, since a backlog is read

@@ -213,11 +213,7 @@ mod tests {
     }
 
     fn event(onset_s: f64, duration_s: f64) -> Event {
-        Event {
-            onset_s,
-            duration_s,
-            trial_type: "picture".into(),
-        }
+        Event::new(onset_s, duration_s, "picture")
     }
 
     const TIMING: Timing = Timing {

@@ -111,11 +111,7 @@ fn betas_that_were_put_in_are_found_again() {
     let events: Vec<Event> = responses
         .events
         .iter()
-        .map(|event| Event {
-            onset_s: event.onset,
-            duration_s: event.duration,
-            trial_type: event.trial_type.clone(),
-        })
+        .map(|event| Event::new(event.onset, event.duration, event.trial_type.clone()))
         .collect();
     let settings = GlmSettings::new(1.5, Hrf::Glover, Noise::Ols);
     let mut found = Array1::zeros(events.len());
@@ -124,7 +120,7 @@ fn betas_that_were_put_in_are_found_again() {
         let frames: Vec<usize> = (0..seen).collect();
         let seen = series.slice(s![..seen, ..]);
         let betas = fit_trial(&settings, &events, trial, &frames, seen, None).unwrap();
-        found[trial] = correlation(betas.view(), truth.row(trial));
+        found[trial] = correlation(betas.betas.view(), truth.row(trial));
     }
     let mean = found.slice(s![2..]).mean().unwrap();
     println!("betas and truth correlate by {mean:.3}");
