@@ -16,6 +16,7 @@ pub mod motion;
 pub mod nifti;
 pub mod nifti_run;
 mod spline;
+pub mod timing;
 pub mod volume;
 pub mod zscore;
 
