@@ -47,7 +47,20 @@ pub(super) enum Hold {
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Matched {
     beat: i64,
+    /// Its stamp.
     at_ms: f64,
+    /// What is believed of the beat's time: the stamp, or the line's where the stamp is far from it.
+    believed_ms: f64,
+}
+
+impl Matched {
+    fn new(beat: i64, at_ms: f64) -> Matched {
+        Matched {
+            beat,
+            at_ms,
+            believed_ms: at_ms,
+        }
+    }
 }
 
 /// A straight line: `at_ms + slope_ms * (beat - centre)`.
@@ -143,11 +156,23 @@ impl Beat {
         self.line.centre + (at_ms - self.line.at_ms) / self.line.slope_ms
     }
 
-    /// The pulse heard on a beat, where it is near enough to be believed to the millisecond.
-    pub(super) fn heard(&self, beat: i64) -> Option<f64> {
-        let index = self.position(beat).ok()?;
-        let at_ms = self.kept[index].at_ms;
-        ((at_ms - self.at(beat)).abs() <= self.tight_ms()).then_some(at_ms)
+    /// When a beat was, and whether its own pulse says so.
+    ///
+    /// A beat between heard ones is put between them, whatever the clocks did since.
+    pub(super) fn time_of(&self, beat: i64) -> (f64, bool) {
+        match self.position(beat) {
+            Ok(index) => {
+                let matched = self.kept[index];
+                (matched.believed_ms, matched.believed_ms == matched.at_ms)
+            }
+            Err(index) if index > 0 && index < self.kept.len() => {
+                let (before, after) = (self.kept[index - 1], self.kept[index]);
+                let share = whole(beat - before.beat) / whole(after.beat - before.beat);
+                let between = share * (after.believed_ms - before.believed_ms);
+                (before.believed_ms + between, false)
+            }
+            Err(_) => (self.at(beat), false),
+        }
     }
 
     /// Whether a pulse came on a beat, however late its stamp.
@@ -253,18 +278,19 @@ impl Beat {
                 self.counts.spurious += 1;
                 if off_ms < (last.at_ms - self.at(beat)).abs() {
                     self.kept.pop_back();
-                    self.kept.push_back(Matched { beat, at_ms });
+                    self.kept.push_back(Matched::new(beat, at_ms));
                 }
             }
             Some(last) if beat < last.beat => self.counts.spurious += 1,
             last => {
                 let skipped = last.map_or(0, |last| beat - last.beat - 1);
                 self.counts.lost += skipped.unsigned_abs();
-                push_bounded(&mut self.kept, Matched { beat, at_ms }, KEPT);
+                push_bounded(&mut self.kept, Matched::new(beat, at_ms), KEPT);
                 self.off_in_a_row = 0;
             }
         }
         self.fit();
+        self.believe(1);
     }
 
     /// Looks for a beat among the recent pulses.
@@ -299,7 +325,7 @@ impl Beat {
                 beat += to_beat(step.round());
             }
             last = Some(at_ms);
-            self.kept.push_back(Matched { beat, at_ms });
+            self.kept.push_back(Matched::new(beat, at_ms));
         }
         self.line.slope_ms = self.period_ms;
         self.off_in_a_row = 0;
@@ -314,6 +340,17 @@ impl Beat {
         // Once for the slope, once for the spread about it.
         self.fit();
         self.fit();
+        self.believe(chain.len());
+    }
+
+    /// Compares the last matched pulses with the line.
+    fn believe(&mut self, count: usize) {
+        let (line, tight_ms) = (self.line, self.tight_ms());
+        for matched in self.kept.iter_mut().rev().take(count) {
+            let expected = line.at_ms + line.slope_ms * (whole(matched.beat) - line.centre);
+            let near = (matched.at_ms - expected).abs() <= tight_ms;
+            matched.believed_ms = if near { matched.at_ms } else { expected };
+        }
     }
 
     /// Recent pulses from about a chain's beginning on that are not in it.

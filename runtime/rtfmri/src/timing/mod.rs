@@ -287,17 +287,12 @@ impl Timeline {
     fn time_of(&self, frame: u32, arrival: Arrival) -> VolumeTime {
         if let Some(first) = self.first_beat() {
             let beat = self.beat_of(first, frame);
-            return match self.beat.heard(beat) {
-                Some(start_ms) => VolumeTime {
-                    frame,
-                    start_ms,
-                    how: How::Pulse,
-                },
-                None => VolumeTime {
-                    frame,
-                    start_ms: self.beat.at(beat),
-                    how: How::Bridged,
-                },
+            let (start_ms, own) = self.beat.time_of(beat);
+            let how = if own { How::Pulse } else { How::Bridged };
+            return VolumeTime {
+                frame,
+                start_ms,
+                how,
             };
         }
         let header = arrival
