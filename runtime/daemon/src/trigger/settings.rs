@@ -150,7 +150,8 @@ impl RawTrigger {
             edge: self.edge.or(named.edge.filter(|_| !inline_codes)),
             debounce_ms: self.debounce_ms.or(named.debounce_ms),
         };
-        let pulses_per_volume = number("trigger.pulses_per_volume", self.pulses_per_volume, 1, 512)?;
+        let pulses_per_volume =
+            number("trigger.pulses_per_volume", self.pulses_per_volume, 1, 512)?;
         let dummy_volumes = optional("trigger.dummy_volumes", self.dummy_volumes, 0, 100)?;
         let Some(device) = self.device else {
             return Ok(None);
@@ -175,8 +176,12 @@ impl RawProtocol {
             parity: self.parity.unwrap_or(Parity::None),
             stop_bits: number("trigger.stop_bits", self.stop_bits.unwrap_or(1), 1, 2)?,
         };
-        let debounce_ms: u64 =
-            number("trigger.debounce_ms", self.debounce_ms.unwrap_or(10), 0, 4000)?;
+        let debounce_ms: u64 = number(
+            "trigger.debounce_ms",
+            self.debounce_ms.unwrap_or(10),
+            0,
+            4000,
+        )?;
         let source = match (self.line, &self.codes) {
             (Some(modem), None) => Source::Edge(modem, self.edge.unwrap_or(Edge::Rising)),
             (None, Some(codes)) => Source::Bytes(self.protocol(codes, line)?),
@@ -211,7 +216,12 @@ impl RawProtocol {
             }
             bytes.push(byte);
         }
-        let len: u8 = number("trigger.frame_len", self.frame_len.unwrap_or(1), 1, MAX_FRAME)?;
+        let len: u8 = number(
+            "trigger.frame_len",
+            self.frame_len.unwrap_or(1),
+            1,
+            MAX_FRAME,
+        )?;
         let frame = if len == 1 {
             if self.frame_start.is_some() || self.code_at.is_some() {
                 return Err(wrong(
@@ -322,7 +332,10 @@ mod tests {
             ("", "trigger.codes = nothing"),
             ("codes = [256]", "trigger.codes = 256 is outside 0..=255"),
             ("codes = []", "at least one byte"),
-            ("codes = [53]\nbaud = 10", "trigger.baud = 10 is outside 300..=4000000"),
+            (
+                "codes = [53]\nbaud = 10",
+                "trigger.baud = 10 is outside 300..=4000000",
+            ),
             ("codes = [53]\nmask = 3", "trigger.mask = 3"),
             ("codes = [53]\nframe_len = 6", "frame_start"),
             (
@@ -335,9 +348,15 @@ mod tests {
             ("codes = [53]\nbauds = 9600", "bauds"),
             ("codes = [53]\nparity = \"maybe\"", "maybe"),
             ("line = \"dtr\"", "dtr"),
-            ("codes = [53]\npulses_per_volume = 0", "trigger.pulses_per_volume"),
+            (
+                "codes = [53]\npulses_per_volume = 0",
+                "trigger.pulses_per_volume",
+            ),
             ("codes = [53]\n[trigger.protocols.x]\ncodez = [1]", "codez"),
-            ("codes = [53]\n[trigger.protocols.x]\nbaud = 9600", "trigger.codes"),
+            (
+                "codes = [53]\n[trigger.protocols.x]\nbaud = 9600",
+                "trigger.codes",
+            ),
         ] {
             let error = checked(&format!("device = \"/dev/ttyS0\"\n{text}")).unwrap_err();
             assert!(error.contains(says), "{text:?}: {error}");

@@ -376,8 +376,7 @@ impl Timeline {
         };
         let expected_ms = self.settings.tr_ms / f64::from(self.settings.pulses_per_volume);
         let ratio = expected_ms / found_ms;
-        if (ratio - 1.0).abs() <= INTERVAL_SHARE
-            || std::mem::replace(&mut self.said.interval, true)
+        if (ratio - 1.0).abs() <= INTERVAL_SHARE || std::mem::replace(&mut self.said.interval, true)
         {
             return;
         }
@@ -556,5 +555,9 @@ impl Timeline {
 fn off_nominal(headers: &Headers, frame: u32, header_ms: f64, tr_ms: f64) -> f64 {
     let expected = headers.at_ms + (f64::from(frame) - f64::from(headers.frame)) * tr_ms;
     let off = (header_ms - expected).rem_euclid(DAY_MS);
-    if off > 0.5 * DAY_MS { off - DAY_MS } else { off }
+    if off > 0.5 * DAY_MS {
+        off - DAY_MS
+    } else {
+        off
+    }
 }

@@ -183,7 +183,9 @@ fn none_misaligned(share: f64, seeds: std::ops::Range<u64>) {
         // What was said as volumes came; until three pulses agree, header times stand in.
         let early = off(&times, &recorded.starts, 5.0);
         assert!(
-            early.iter().all(|&(frame, _, how)| frame < 8 && how == How::Header),
+            early
+                .iter()
+                .all(|&(frame, _, how)| frame < 8 && how == How::Header),
             "seed {seed}: {early:?}"
         );
         as_they_came.extend(early);
@@ -194,7 +196,12 @@ fn none_misaligned(share: f64, seeds: std::ops::Range<u64>) {
             .filter_map(|frame| timeline.start_of(u32::try_from(frame).unwrap()))
             .collect();
         let wrong = off(&settled, &recorded.starts[from..], 5.0);
-        assert!(wrong.is_empty(), "seed {seed}: {} {:?}", wrong.len(), wrong[0]);
+        assert!(
+            wrong.is_empty(),
+            "seed {seed}: {} {:?}",
+            wrong.len(),
+            wrong[0]
+        );
         bridged += times.iter().filter(|time| time.how == How::Bridged).count();
     }
     println!("{bridged} bridged; by header at the beginning: {as_they_came:?}");
@@ -444,7 +451,9 @@ fn volumes_missing_or_out_of_order_do_not_shift_others() {
     let mut recorded = scanner.run();
     recorded.arrivals.drain(50..60);
     recorded.arrivals.swap(100, 104);
-    let swapped = recorded.arrivals[104].arrived_ms.max(recorded.arrivals[100].arrived_ms);
+    let swapped = recorded.arrivals[104]
+        .arrived_ms
+        .max(recorded.arrivals[100].arrived_ms);
     recorded.arrivals[100].arrived_ms = recorded.arrivals[99].arrived_ms + 7700.0;
     recorded.arrivals[104].arrived_ms = swapped + 100.0;
     let (_, times, _) = play(scanner.settings(), &recorded);
