@@ -15,7 +15,6 @@ mod port;
 mod protocol;
 mod settings;
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -330,7 +329,7 @@ impl Listener {
         };
         let mut buffer = [0_u8; 256];
         while !self.stopped() {
-            let mut fds = [PollFd::new(port.fd().as_fd(), PollFlags::POLLIN)];
+            let mut fds = [PollFd::new(port.fd(), PollFlags::POLLIN)];
             let ready = poll(&mut fds, PollTimeout::from(LOOK_EVERY_MS));
             let at_ns = now_ns();
             match ready {
