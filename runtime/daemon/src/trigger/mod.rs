@@ -13,6 +13,7 @@ mod ioctl;
 pub(crate) mod latency;
 mod port;
 mod protocol;
+mod session;
 mod settings;
 
 use std::sync::Arc;
@@ -30,9 +31,9 @@ use thread_priority::{
     set_thread_priority_and_policy, thread_native_id,
 };
 
-pub(crate) use self::port::Absence;
-use self::port::{Edge, ModemLine, Port, edge_came};
+use self::port::{Absence, Edge, ModemLine, Port, edge_came};
 use self::protocol::{Debounce, Decoder, Ignored, Pulse};
+pub(crate) use self::session::Trigger;
 use self::settings::Source;
 pub(crate) use self::settings::{PROTOCOLS, RawTrigger, TriggerSettings};
 
