@@ -216,7 +216,7 @@ impl TriggerLine {
 }
 
 /// Now, milliseconds on the clock that pulses are stamped with.
-pub(crate) fn now_ms() -> f64 {
+fn now_ms() -> f64 {
     millis(now_ns())
 }
 
