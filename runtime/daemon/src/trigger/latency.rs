@@ -2,7 +2,9 @@
 //!
 //! The clock is read, a byte is written, and the trigger thread's stamp compared with that reading; the
 //! next byte follows some milliseconds after the stamp is in. The figure holds the kernel's way through
-//! the terminal and the waking of the thread, and no adapter.
+//! the terminal (a kernel worker of ordinary priority hands bytes on) and the waking of the thread, and no
+//! adapter. The sending thread stands for hardware, which is never preempted, and asks for FIFO scheduling
+//! as well.
 
 use std::io::{Write, stderr};
 use std::path::PathBuf;
@@ -19,7 +21,7 @@ use nix::pty::{OpenptyResult, openpty};
 use super::port::{LineSettings, Parity};
 use super::protocol::Protocol;
 use super::settings::Source;
-use super::{Heard, TriggerSettings, millis, now_ns, spawn};
+use super::{FIFO_PRIORITY, Heard, TriggerSettings, ask_for_fifo, millis, now_ns, spawn};
 use crate::logging::chain;
 
 /// Longest wait for one stamp.
@@ -133,6 +135,7 @@ pub(crate) fn measure(pulses: u32, busy: u32) -> Result<Latency, LatencyError> {
             })
             .map_err(LatencyError::Thread)?;
     }
+    ask_for_fifo(FIFO_PRIORITY + 1);
     let mut late = Vec::new();
     let result = (1..=pulses).try_for_each(|pulse| {
         // Some milliseconds, each time others: no beat of the scheduler's is met.

@@ -244,6 +244,18 @@ fn millis(ns: u64) -> f64 {
     ns as f64 / 1e6
 }
 
+/// Puts this thread before all ordinary ones, where the system lets it.
+fn ask_for_fifo(priority: u8) -> bool {
+    ThreadPriorityValue::try_from(priority).is_ok_and(|priority| {
+        set_thread_priority_and_policy(
+            thread_native_id(),
+            ThreadPriority::Crossplatform(priority),
+            ThreadSchedulePolicy::Realtime(RealtimeThreadSchedulePolicy::Fifo),
+        )
+        .is_ok()
+    })
+}
+
 /// The thread's side.
 struct Listener {
     settings: TriggerSettings,
@@ -298,15 +310,7 @@ impl Listener {
     fn be_punctual(&self) {
         // What is mapped now, and no future growth: a limit would make later allocations fail.
         let locked = mlockall(MlockAllFlags::MCL_CURRENT).is_ok();
-        let priority = ThreadPriorityValue::try_from(FIFO_PRIORITY);
-        let fifo = priority.is_ok_and(|priority| {
-            set_thread_priority_and_policy(
-                thread_native_id(),
-                ThreadPriority::Crossplatform(priority),
-                ThreadSchedulePolicy::Realtime(RealtimeThreadSchedulePolicy::Fifo),
-            )
-            .is_ok()
-        });
+        let fifo = ask_for_fifo(FIFO_PRIORITY);
         self.counts.fifo.store(fifo, Ordering::Relaxed);
         self.counts.locked.store(locked, Ordering::Relaxed);
         if fifo && locked {
