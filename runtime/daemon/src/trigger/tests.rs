@@ -51,11 +51,12 @@ fn send(master: &OwnedFd, bytes: &[u8]) {
     assert_eq!(nix::unistd::write(master, bytes), Ok(bytes.len()));
 }
 
-/// A stop flag that is set whatever happens to the test.
-struct Stop(Arc<AtomicBool>);
+/// A stop flag that is set whatever happens to the test: a thread that goes on would take the terminals of
+/// others, whose numbers are used again.
+pub(super) struct Stop(pub(super) Arc<AtomicBool>);
 
 impl Stop {
-    fn new() -> Stop {
+    pub(super) fn new() -> Stop {
         Stop(Arc::new(AtomicBool::new(false)))
     }
 }
