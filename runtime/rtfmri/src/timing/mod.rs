@@ -1,6 +1,6 @@
 //! When each volume began, on the box's clock: pulses and volumes meet by time, not by order.
 //!
-//! 1. The pulses give the scanner's clock ([`beat`]): lost ones leave gaps in it, spurious ones lie off it.
+//! 1. The pulses give the scanner's clock (`beat`): lost ones leave gaps in it, spurious ones lie off it.
 //! 2. Arrivals say which beat a volume can have begun on at the latest, since no volume arrives before
 //!    it was acquired. That settles how many pulses went to volumes the scanner discards.
 //! 3. From then on volume `n` begins `n` repetition times later, counted in beats, whatever is lost.

@@ -573,7 +573,7 @@ proptest! {
         for frame in 0..200 {
             let fast = timeline.start_of(frame).unwrap();
             let slow = slow[frame as usize];
-            prop_assert!((fast.start_ms - slow).abs() < 10.0, "{fast:?} {slow}");
+            prop_assert!((fast.start_ms - slow).abs() < 5.0, "{fast:?} {slow}");
         }
     }
 
