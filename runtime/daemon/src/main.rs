@@ -20,6 +20,7 @@ mod settings;
 mod show;
 mod simulate;
 mod supervise;
+mod trigger;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -55,6 +56,9 @@ enum Command {
     Betas(betas::Arguments),
     /// Measure time and memory of every stage of a bundle on this machine
     Bench(bench::Arguments),
+    /// Measure how late trigger stamps are on this machine
+    #[command(hide = true)]
+    TriggerLatency(trigger::latency::Arguments),
     /// One role as its own process; started by `run` or by systemd
     #[command(hide = true)]
     Role {
@@ -94,6 +98,7 @@ fn main() -> ExitCode {
         Command::Replay(arguments) => replay::main(&arguments),
         Command::Betas(arguments) => betas::main(&arguments),
         Command::Bench(arguments) => bench::main(&arguments),
+        Command::TriggerLatency(arguments) => trigger::latency::main(&arguments),
         Command::Role {
             role,
             config,

@@ -19,6 +19,7 @@ use self::receive::RawReceive;
 pub(crate) use self::receive::{Receive, ReceiveTls};
 use crate::acquire::TierPlan;
 use crate::memory::Feature;
+use crate::trigger::{PROTOCOLS, RawTrigger, TriggerSettings};
 
 const DEFAULTS: &str = include_str!("defaults.toml");
 /// Longest path of the sockets' folder; a socket's whole name has at most 107 bytes.
@@ -99,6 +100,7 @@ struct RawSettings {
     session: RawSession,
     scanner: RawScanner,
     receive: RawReceive,
+    trigger: RawTrigger,
     task: RawTask,
     subject: RawSubject,
     model: RawModel,
@@ -245,6 +247,8 @@ pub(crate) struct Settings {
     pub(crate) max_file_bytes: u64,
     /// Repetition time that runs must have, milliseconds.
     pub(crate) tr_ms: Option<f64>,
+    /// The trigger line, where there is one.
+    pub(crate) trigger: Option<TriggerSettings>,
     /// Events of a run.
     pub(crate) events: PathBuf,
     /// Shape of the response.
@@ -305,8 +309,9 @@ impl Settings {
             message: error.to_string(),
         };
         let merged = |board: Option<&str>| {
-            let mut builder =
-                Config::builder().add_source(File::from_str(DEFAULTS, FileFormat::Toml));
+            let mut builder = Config::builder()
+                .add_source(File::from_str(DEFAULTS, FileFormat::Toml))
+                .add_source(File::from_str(PROTOCOLS, FileFormat::Toml));
             if let Some(text) = board {
                 builder = builder.add_source(File::from_str(text, FileFormat::Toml));
             }
@@ -451,6 +456,7 @@ impl RawSettings {
             receive: self.receive.checked(base)?,
             max_file_bytes: max_file_mib << 20,
             tr_ms: self.scanner.tr_ms,
+            trigger: self.trigger.checked(base)?,
             // The file may appear after the daemon does; what is wrong with it is said at the run.
             events: base.join(self.task.events),
             hrf: match self.task.hrf {
@@ -569,7 +575,16 @@ fn within(field: &'static str, found: f64, low: f64, high: f64) -> Result<(), Se
     })
 }
 
-fn whole(field: &'static str, found: u64, low: u64, high: u64) -> Result<u64, SettingsError> {
+/// A whole number in a range.
+///
+/// # Errors
+/// [`SettingsError::Range`].
+pub(crate) fn whole(
+    field: &'static str,
+    found: u64,
+    low: u64,
+    high: u64,
+) -> Result<u64, SettingsError> {
     if (low..=high).contains(&found) {
         return Ok(found);
     }

@@ -17,6 +17,7 @@ pub mod nifti;
 pub mod nifti_run;
 pub mod resample;
 mod spline;
+pub mod timing;
 pub mod volume;
 pub mod zscore;
 

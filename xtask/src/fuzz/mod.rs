@@ -21,6 +21,7 @@ pub(crate) const TARGETS: &[&str] = &[
     "manifest",
     "vocabulary",
     "pool",
+    "trigger_bytes",
 ];
 
 /// Resident memory of a target, the sanitizer's own (about 100 MiB) included.

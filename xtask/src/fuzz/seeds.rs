@@ -39,6 +39,16 @@ fn seeds(target: &str) -> Vec<(&'static str, Vec<u8>)> {
             ),
         ],
         "pool" => vec![("pool", pool())],
+        "trigger_bytes" => vec![
+            (
+                "single",
+                b"5t\xff\x0a\0\0\0\0\x005\x001\x085\x645\x05".to_vec(),
+            ),
+            (
+                "framed",
+                b"\xb0\xb0\xff\x0a\x01k\x04\0\x21k\0\xb0\x01k\0\0\0\0\0\0\0k\xc8\xb0\0".to_vec(),
+            ),
+        ],
         _ => Vec::new(),
     }
 }

@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{Flock, FlockArg};
 use rtfmri::Mask;
 use rtfmri::glm::GlmSettings;
+use rtfmri::timing::{Arrival, Timeline};
 use wire::{FromAcquire, ParseReply, SessionMessage, Tier, TrialMessage, VolumeMessage};
 
 use self::quarantine::Quarantine;
@@ -43,6 +44,7 @@ use crate::record::log::Log;
 use crate::record::{self, About, Session};
 use crate::roles::RoleError;
 use crate::settings::Settings;
+use crate::trigger::{self, Trigger};
 
 /// The socket's name in the runtime folder.
 pub(crate) const SOCKET: &str = "acquire.sock";
@@ -77,7 +79,9 @@ pub(crate) fn main(settings: &Settings, stop: &Arc<AtomicBool>) -> Result<(), Ro
         settings.queue,
     )
     .map_err(|source| RoleError::Socket { source })?;
-    let mut acquire = Acquire::new(settings, mask, session, publisher)?;
+    let trigger = Trigger::start(settings.trigger.as_ref(), stop)
+        .map_err(|source| RoleError::Thread { source })?;
+    let mut acquire = Acquire::new(settings, mask, session, publisher, trigger)?;
     let (sender, receiver) = sync_channel(READ_AHEAD);
     let started_at_ms = acquire.session.file.started_at_ms;
     let incoming = acquire.session.dir.join("incoming");
@@ -123,6 +127,9 @@ struct Acquire {
     refused_series: BTreeSet<[u8; 16]>,
     /// Files put aside, by reason.
     put_aside: BTreeMap<String, u64>,
+    trigger: Trigger,
+    /// The clock of each run that has had a volume.
+    timelines: BTreeMap<[u8; 16], Timeline>,
     faults: u64,
     hops: Hops,
 }
@@ -133,6 +140,7 @@ impl Acquire {
         mask: Mask,
         session: Session,
         publisher: Publisher,
+        trigger: Trigger,
     ) -> Result<Acquire, RoleError> {
         let glm = GlmSettings {
             max_missing_share: settings.max_missing_share,
@@ -156,6 +164,8 @@ impl Acquire {
             runs: BTreeMap::new(),
             refused_series: BTreeSet::new(),
             put_aside: BTreeMap::new(),
+            trigger,
+            timelines: BTreeMap::new(),
             faults: 0,
             hops: Hops::default(),
         };
@@ -209,7 +219,10 @@ impl Acquire {
             // One trial at a time, and none before a volume that waits.
             let due = self.runs.values().any(Run::is_due);
             let patience = if due { Duration::ZERO } else { TICK };
-            match events.recv_timeout(patience) {
+            let event = events.recv_timeout(patience);
+            // A volume's pulse came before it did.
+            self.take_pulses();
+            match event {
                 Ok(Event::Fault(text)) => self.fault(text),
                 Ok(Event::Read(read)) => {
                     self.hops.file = Some(read.file.noticed);
@@ -271,6 +284,7 @@ impl Acquire {
             self.fault(format!("A series is refused: {reason}"));
             return;
         }
+        self.time(&volume, file);
         let Some(run) = self.runs.get_mut(&series) else {
             return;
         };
@@ -293,6 +307,49 @@ impl Acquire {
                 self.fault(format!(
                     "Run {index}: volume {number} is not used: {reason}"
                 ));
+            }
+        }
+    }
+
+    /// Gives the pulses that came to the runs' clocks.
+    fn take_pulses(&mut self) {
+        let drained = self.trigger.drain();
+        for timeline in self.timelines.values_mut() {
+            drained
+                .pulses
+                .iter()
+                .for_each(|&at_ms| timeline.pulse(at_ms));
+        }
+        for text in drained.told {
+            self.fault(text);
+        }
+    }
+
+    /// Says when a volume began.
+    fn time(&mut self, volume: &VolumeMessage, file: &Found) {
+        let Some(run) = self.runs.get(&volume.series).map(|run| run.index) else {
+            return;
+        };
+        let Some(frame) = volume.number.checked_sub(1) else {
+            return;
+        };
+        let timeline = self
+            .timelines
+            .entry(volume.series)
+            .or_insert_with(|| self.trigger.timeline(volume.tr_ms, None, None));
+        let arrival = Arrival {
+            frame,
+            arrived_ms: trigger::ms_of(file.noticed),
+            header_ms: None,
+        };
+        let mut faults = Vec::new();
+        let time = timeline.volume(arrival, &mut faults);
+        tracing::debug!(run, start_ms = time.start_ms, how = ?time.how, "volume timed");
+        for fault in faults {
+            if self.settings.trigger.is_some() {
+                self.fault(format!("Run {run}: {fault}"));
+            } else {
+                tracing::info!(run, %fault, "timing");
             }
         }
     }
@@ -320,6 +377,9 @@ impl Acquire {
             trials = run.trials(),
             "run began"
         );
+        if let Some(state) = self.trigger.state() {
+            tracing::info!(run = run.index, ?state, "trigger line");
+        }
         self.announce(&run);
         self.runs.insert(run.state().series, run);
         Ok(())
