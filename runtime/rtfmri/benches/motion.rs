@@ -72,10 +72,13 @@ fn empty(shape: [usize; 3], spacing_mm: [f64; 3]) -> Volume {
 
 /// Where every voxel of a volume lies, in the order of its voxels, LPS, millimetres.
 fn places(volume: &Volume) -> Vec<[f64; 3]> {
-    let places = volume.voxels.indexed_iter().map(|((slice, row, column), _)| {
-        let index = [column, row, slice].map(|index| f64::from(u32::try_from(index).unwrap()));
-        volume.position_lps(index)
-    });
+    let places = volume
+        .voxels
+        .indexed_iter()
+        .map(|((slice, row, column), _)| {
+            let index = [column, row, slice].map(|index| f64::from(u32::try_from(index).unwrap()));
+            volume.position_lps(index)
+        });
     places.collect()
 }
 
@@ -94,16 +97,34 @@ fn run(name: &'static str, base: Option<&Volume>, grid: &Volume) -> Run {
     let mut state = 7_u32;
     let volumes = (0..MOTIONS).map(|at| {
         let phase = f64::from(at);
-        let shift = [0.8 * phase.sin(), 0.6 * (1.3 * phase).sin(), 0.9 * (0.7 * phase).sin()];
-        let turn = [0.01 * phase.sin(), 0.008 * (0.9 * phase).sin(), 0.006 * (1.7 * phase).sin()];
+        let shift = [
+            0.8 * phase.sin(),
+            0.6 * (1.3 * phase).sin(),
+            0.9 * (0.7 * phase).sin(),
+        ];
+        let turn = [
+            0.01 * phase.sin(),
+            0.008 * (0.9 * phase).sin(),
+            0.006 * (1.7 * phase).sin(),
+        ];
         let motion = Rigid::from_parameters(
-            [shift[0] + off[0], shift[1] + off[1], shift[2] + off[2], turn[0], turn[1], turn[2]],
+            [
+                shift[0] + off[0],
+                shift[1] + off[1],
+                shift[2] + off[2],
+                turn[0],
+                turn[1],
+                turn[2],
+            ],
             here,
         );
         let values = match &source {
             Some(source) => source.at(&places, &motion.matrix_lps()),
             #[expect(clippy::cast_possible_truncation, reason = "a voxel's value")]
-            None => places.iter().map(|place| head(motion.apply(*place)) as f32).collect(),
+            None => places
+                .iter()
+                .map(|place| head(motion.apply(*place)) as f32)
+                .collect(),
         };
         let mut volume = grid.clone();
         volume.voxels = Array3::from_shape_vec(grid.voxels.dim(), values).unwrap();
@@ -138,7 +159,9 @@ impl Run {
     /// Times the steps one by one.
     fn steps(&self, criterion: &mut Criterion) {
         let mut group = criterion.benchmark_group(self.name);
-        group.sample_size(30).measurement_time(Duration::from_secs(4));
+        group
+            .sample_size(30)
+            .measurement_time(Duration::from_secs(4));
         let start = Rigid::identity();
         let volume = &self.volumes[3];
         group.bench_function("realign, one volume", |bench| {
@@ -150,7 +173,10 @@ impl Run {
         });
         let image = Interpolation::new(volume).unwrap();
         group.bench_function("15,724 voxels of it", |bench| {
-            bench.iter(|| self.mask.sample_through(black_box(&image), &motion.matrix_lps()));
+            bench.iter(|| {
+                self.mask
+                    .sample_through(black_box(&image), &motion.matrix_lps())
+            });
         });
         let voxels = self.mask.sample_through(&image, &motion.matrix_lps());
         let head = image.at(self.realigner.head(), &motion.matrix_lps());

@@ -107,7 +107,10 @@ pub(crate) fn affine(matrix: &Matrix4<f64>) -> Affine {
 /// The inverse of an affine, where it has a finite one.
 pub(crate) fn inverse(affine: &Affine) -> Option<Matrix4<f64>> {
     let inverse = matrix(affine).try_inverse()?;
-    inverse.iter().all(|value| value.is_finite()).then_some(inverse)
+    inverse
+        .iter()
+        .all(|value| value.is_finite())
+        .then_some(inverse)
 }
 
 /// An affine between LPS spaces as one between RAS spaces, and the other way round.

@@ -17,6 +17,7 @@ pub mod motion;
 pub mod nifti;
 pub mod nifti_run;
 pub mod quality;
+pub mod registration;
 mod spline;
 pub mod volume;
 pub mod zscore;

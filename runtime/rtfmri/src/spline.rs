@@ -183,7 +183,9 @@ impl<'v> Spline<'v> {
                 sums[lane] += in_slice[lane] * slice_weight;
             }
         }
-        sums[0] * x_weights[0] + sums[1] * x_weights[1] + sums[2] * x_weights[2]
+        sums[0] * x_weights[0]
+            + sums[1] * x_weights[1]
+            + sums[2] * x_weights[2]
             + sums[3] * x_weights[3]
     }
 
@@ -193,8 +195,7 @@ impl<'v> Spline<'v> {
     #[inline]
     pub(crate) fn holds(&self, at: [f32; 3]) -> bool {
         let [slices, rows, columns] = self.shape;
-        let within =
-            |at: f32, side: usize| side > 3 && at >= 1.0 && at <= count_single(side) - 2.0;
+        let within = |at: f32, side: usize| side > 3 && at >= 1.0 && at <= count_single(side) - 2.0;
         within(at[0], columns) & within(at[1], rows) & within(at[2], slices)
     }
 }
@@ -338,7 +339,10 @@ impl Kernel {
         let radius = self.weights.len() - 1;
         for (kept, out) in out.chunks_exact_mut(width).enumerate() {
             let middle = kept * self.keep;
-            let (first, last) = (middle.saturating_sub(radius), (middle + radius).min(len - 1));
+            let (first, last) = (
+                middle.saturating_sub(radius),
+                (middle + radius).min(len - 1),
+            );
             let weight = |at: usize| self.weights[at.abs_diff(middle)];
             let total: f32 = (first..=last).map(weight).sum();
             out.fill(0.0);
@@ -409,7 +413,11 @@ mod tests {
         let mut out = values.mapv(f64::from);
         for axis in 0..3 {
             let len = out.len_of(Axis(axis));
-            let radius = if std_dev[axis] > 0.0 { floor(3.0 * std_dev[axis]) } else { 0 };
+            let radius = if std_dev[axis] > 0.0 {
+                floor(3.0 * std_dev[axis])
+            } else {
+                0
+            };
             let mut shape = out.raw_dim();
             shape[axis] = len.div_ceil(keep[axis]);
             out = Array3::from_shape_fn(shape, |(k, j, i)| {

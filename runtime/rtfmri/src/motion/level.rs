@@ -257,7 +257,10 @@ impl Level {
     ) -> Sums {
         let map = to_index * motion.homogeneous();
         let turn = map.fixed_view::<3, 3>(0, 0).map(single);
-        let origin = map.transform_point(&motion.centre().into()).coords.map(single);
+        let origin = map
+            .transform_point(&motion.centre().into())
+            .coords
+            .map(single);
         let gain = single(gain);
         let mut sums = Sums {
             square: [0.0; PAIRS],
@@ -276,7 +279,11 @@ impl Level {
                 });
                 // Closer to an edge the blur would see what is beyond it.
                 let inside = spline.holds(at);
-                *value = if inside { spline.value_inside(at) } else { f32::NAN };
+                *value = if inside {
+                    spline.value_inside(at)
+                } else {
+                    f32::NAN
+                };
                 sums.found += usize::from(inside);
             }
             let slopes = std::array::from_fn(|unknown| &self.slopes[unknown][part.clone()]);
@@ -302,7 +309,9 @@ impl Level {
             return f32::INFINITY;
         }
         let middle = room.residuals.len() / 2;
-        let (_, median, _) = room.residuals.select_nth_unstable_by(middle, f32::total_cmp);
+        let (_, median, _) = room
+            .residuals
+            .select_nth_unstable_by(middle, f32::total_cmp);
         let limit = single(TUKEY / 0.6745) * *median;
         if limit > 0.0 { limit } else { f32::INFINITY }
     }
@@ -393,7 +402,10 @@ impl Sums {
             }
         }
         let solved = square.cholesky()?.solve(&SVector::from(self.right));
-        solved.iter().all(|value| value.is_finite()).then_some(solved)
+        solved
+            .iter()
+            .all(|value| value.is_finite())
+            .then_some(solved)
     }
 }
 

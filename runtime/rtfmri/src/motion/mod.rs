@@ -15,9 +15,9 @@ mod rigid;
 
 use nalgebra::Vector3;
 
-pub use self::rigid::Rigid;
 use self::level::{Level, Look, Room, Until};
-pub(crate) use self::level::{head_limit, moments, shuffled};
+pub(crate) use self::level::{head_limit, shuffled};
+pub use self::rigid::Rigid;
 use crate::interpolation;
 use crate::spline::count;
 use crate::volume::Volume;
