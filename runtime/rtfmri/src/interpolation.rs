@@ -115,7 +115,7 @@ pub(crate) fn inverse(affine: &Affine) -> Option<Matrix4<f64>> {
 
 /// An affine between LPS spaces as one between RAS spaces, and the other way round.
 #[must_use]
-pub fn lps_to_ras(affine: &Affine) -> Affine {
+pub(crate) fn lps_to_ras(affine: &Affine) -> Affine {
     let sign = |axis: usize| if axis < 2 { -1.0 } else { 1.0 };
     std::array::from_fn(|row| {
         std::array::from_fn(|column| sign(row) * sign(column) * affine[row][column])

@@ -7,6 +7,7 @@
 //! There is no file, no clock and no thread in this crate.
 
 pub mod confounds;
+pub mod bold;
 pub mod dicom;
 pub mod events;
 pub mod glm;

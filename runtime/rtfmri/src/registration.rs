@@ -611,3 +611,194 @@ fn blurred(volume: &Volume, std_dev_mm: f64) -> Spline<'_> {
     });
     Spline::blurring(volume.voxels.view(), std_dev, [1; 3])
 }
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array3;
+
+    use super::*;
+    use crate::quality::rms_displacement_mm;
+    use crate::volume::{PatientTag, SeriesUid, VolumeHeader};
+
+    /// What a scanner shows of a place, LPS, millimetres.
+    type Shown = fn([f64; 3]) -> f64;
+
+    /// A head of smooth lumps, known everywhere.
+    fn head([x, y, z]: [f64; 3]) -> f64 {
+        let inside = 1.0 - (x / 60.0).powi(2) - (y / 75.0).powi(2) - (z / 55.0).powi(2);
+        let skull = 1.0 / (1.0 + (-12.0 * inside).exp());
+        let lumps = (x / 9.0).sin() * (y / 11.0 + 1.0).cos() + (z / 10.0 + x / 20.0).sin();
+        skull * (600.0 + 120.0 * lumps)
+    }
+
+    /// The same head in other contrast: bright is dark, and brighter to the left.
+    fn other([x, y, z]: [f64; 3]) -> f64 {
+        let plain = head([x, y, z]);
+        let inside = (plain / 300.0).min(1.0);
+        (1800.0 * inside - 1.2 * plain).max(0.0) * (1.0 + x / 400.0)
+    }
+
+    /// - `sides`: slices, rows, columns; `spacing`: of columns, rows, slices.
+    /// - `map`: where the head's places are in this volume.
+    fn volume(
+        shown: Shown,
+        sides: [usize; 3],
+        spacing: [f64; 3],
+        tilt: [f64; 3],
+        middle: [f64; 3],
+        map: &Matrix4<f64>,
+    ) -> Volume {
+        let turn = Rotation3::from_euler_angles(tilt[0], tilt[1], tilt[2]);
+        let axes = turn.matrix() * Matrix3::from_diagonal(&Vector3::from(spacing));
+        let half = [sides[2], sides[1], sides[0]].map(|side| (count(side) - 1.0) / 2.0);
+        let origin = Vector3::from(middle) - axes * Vector3::from(half);
+        let grid = axes.to_homogeneous().append_translation(&origin);
+        let back = map.try_inverse().unwrap();
+        let mut volume = Volume {
+            voxels: Array3::zeros((sides[0], sides[1], sides[2])),
+            affine_lps: interpolation::affine(&grid),
+            header: VolumeHeader {
+                series_uid: SeriesUid::new("2.25.1"),
+                patient: PatientTag::default(),
+                acquisition: 1,
+                instance: None,
+                tr_ms: 1500.0,
+                slice_times_ms: None,
+            },
+        };
+        volume.voxels = Array3::from_shape_fn(volume.voxels.dim(), |(slice, row, column)| {
+            let place = volume.position_lps([column, row, slice].map(count));
+            single(shown(transformed(&back, place)))
+        });
+        volume
+    }
+
+    fn trained() -> Volume {
+        let still = Matrix4::identity();
+        volume(
+            head,
+            [30, 52, 44],
+            [3.0, 3.0, 4.0],
+            [0.0; 3],
+            [0.0; 3],
+            &still,
+        )
+    }
+
+    fn motion(shift: [f64; 3], turn: [f64; 3]) -> Matrix4<f64> {
+        let turn = Rotation3::from_euler_angles(turn[0], turn[1], turn[2]);
+        turn.to_homogeneous().append_translation(&shift.into())
+    }
+
+    /// RMS over the 50 mm sphere, millimetres.
+    fn error_mm(found: &Registration, truth: &Matrix4<f64>) -> f64 {
+        rms_displacement_mm(
+            &found.matrix_lps(),
+            &interpolation::affine(truth),
+            [0.0; 3],
+            50.0,
+        )
+    }
+
+    #[test]
+    fn same_volume_is_registered_by_the_identity() {
+        for freedom in [Freedom::Rigid, Freedom::Affine] {
+            let found = register(&trained(), &trained(), freedom).unwrap();
+            let error = error_mm(&found, &Matrix4::identity());
+            assert!(error < 1e-3, "{freedom:?}: {error} mm");
+            assert!(found.correlation_ratio() > 0.999);
+            assert!(found.overlap() > 0.9);
+        }
+    }
+
+    #[test]
+    fn known_motion_is_found_on_another_grid_in_another_contrast() {
+        let truth = motion([9.0, -14.0, 11.0], [0.15, -0.06, 0.1]);
+        for shown in [head as Shown, other as Shown] {
+            let session = volume(
+                shown,
+                [34, 64, 60],
+                [2.6, 2.6, 3.3],
+                [0.12, 0.05, -0.1],
+                [5.0, 3.0, -4.0],
+                &truth,
+            );
+            let found = register(&trained(), &session, Freedom::Rigid).unwrap();
+            let error = error_mm(&found, &truth);
+            eprintln!("rigid: {error:.3} mm");
+            assert!(error < 0.25, "{error} mm");
+        }
+    }
+
+    #[test]
+    fn known_stretch_is_found() {
+        let mut truth = motion([-6.0, 8.0, 5.0], [-0.08, 0.03, 0.05]);
+        let stretch = Vector4::new(1.04, 0.97, 1.02, 1.0);
+        truth *= Matrix4::from_diagonal(&stretch);
+        let session = volume(
+            other,
+            [36, 64, 60],
+            [2.6, 2.6, 3.3],
+            [0.05, 0.0, 0.1],
+            [2.0, 3.0, 1.0],
+            &truth,
+        );
+        let found = register(&trained(), &session, Freedom::Affine).unwrap();
+        let error = error_mm(&found, &truth);
+        eprintln!("affine: {error:.3} mm");
+        assert!(error < 0.3, "{error} mm");
+    }
+
+    #[test]
+    fn field_of_view_that_leaves_out_a_third_of_the_head_suffices() {
+        let truth = motion([4.0, 6.0, -3.0], [0.1, 0.04, -0.05]);
+        // The slab shows the lower part alone.
+        let session = volume(
+            other,
+            [20, 64, 60],
+            [2.8, 2.8, 3.5],
+            [0.05, 0.0, 0.0],
+            [0.0, 4.0, -18.0],
+            &truth,
+        );
+        let found = register(&trained(), &session, Freedom::Rigid).unwrap();
+        let error = error_mm(&found, &truth);
+        eprintln!("slab: {error:.3} mm, {:.2} in view", found.overlap());
+        assert!(error < 0.4, "{error} mm");
+    }
+
+    #[test]
+    fn motion_follows_the_registration_in_one_affine() {
+        let registered = Registration {
+            map: motion([1.0, 2.0, 3.0], [0.1, 0.0, -0.1]),
+            correlation_ratio: 1.0,
+            overlap: 1.0,
+        };
+        let moved = Rigid::from_parameters([0.5, -0.2, 0.1, 0.02, 0.01, -0.03], [3.0, 4.0, 5.0]);
+        let place = [12.0, -30.0, 20.0];
+        let steps = moved.apply(crate::volume::apply(&registered.matrix_lps(), place));
+        let at_once = crate::volume::apply(&registered.then(&moved), place);
+        assert!((Vector3::from(steps) - Vector3::from(at_once)).norm() < 1e-9);
+    }
+
+    #[test]
+    fn session_without_the_head_is_refused() {
+        let trained = trained();
+        for value in [0.0, 5.0, f32::NAN] {
+            let mut empty = trained.clone();
+            empty.voxels.fill(value);
+            let found = register(&trained, &empty, Freedom::Rigid);
+            assert!(found.is_err(), "session of {value}: {found:?}");
+            let found = register(&empty, &trained, Freedom::Rigid);
+            assert!(found.is_err(), "trained volume of {value}: {found:?}");
+        }
+        let mut noise = trained.clone();
+        let mut state = 1_u32;
+        noise.voxels.mapv_inplace(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            f32::from(state.to_be_bytes()[0])
+        });
+        let found = register(&trained, &noise, Freedom::Affine);
+        assert!(found.is_err(), "noise: {found:?}");
+    }
+}
