@@ -195,10 +195,10 @@ impl Run {
     fn whole(&self) {
         let mut monitor = Monitor::new(QualitySettings::default(), self.realigner.centre_lps());
         let mut motion = Rigid::identity();
-        let mut times = Vec::new();
+        let (mut times, mut busy) = (Vec::new(), Vec::new());
         let mut resident = Vec::new();
         for (at, volume) in (0..1_000).zip(self.volumes.iter().cycle()) {
-            let start = Instant::now();
+            let (start, busy_before) = (Instant::now(), busy_time());
             motion = self.realigner.realign(volume, &motion).unwrap();
             let map = motion.matrix_lps();
             let image = Interpolation::new(volume).unwrap();
@@ -206,6 +206,11 @@ impl Run {
             let head = image.at(self.realigner.head(), &map);
             black_box(monitor.push(at, &motion, voxels.view(), ArrayView1::from(&head)));
             times.push(start.elapsed());
+            busy.extend(
+                busy_time()
+                    .zip(busy_before)
+                    .map(|(after, before)| after - before),
+            );
             if at == 99 || at == 999 {
                 resident.push(resident_kib());
             }
@@ -215,12 +220,26 @@ impl Run {
         };
         let (early, late) = (mean(&times[..100]), mean(&times[900..]));
         times.sort();
+        busy.sort();
+        if let (Some(half), Some(most)) = (busy.get(500), busy.get(990)) {
+            println!(
+                "{}, whole way, processor time: p50 {half:.2?}, p99 {most:.2?}",
+                self.name
+            );
+        }
         println!(
             "{}, whole way of 1,000 volumes, one core: p50 {:.2?}, p99 {:.2?}, largest {:.2?}; first \
              100 {early:.2?}, last 100 {late:.2?}; resident {resident:?} KiB after 100 and 1,000",
             self.name, times[500], times[990], times[999],
         );
     }
+}
+
+/// Processor time of this thread, where Linux tells it: what is left of a busy machine's figures.
+fn busy_time() -> Option<Duration> {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    let nanoseconds = text.split_whitespace().next()?.parse().ok()?;
+    Some(Duration::from_nanos(nanoseconds))
 }
 
 /// Resident memory of this process, where Linux tells it.
