@@ -445,4 +445,116 @@ mod tests {
             assert!((found - expected).abs() < 1e-9, "{found} and {expected}");
         }
     }
+
+    const SIDES: [i16; 3] = [32, 36, 28];
+    const SPACING_MM: f64 = 5.0;
+
+    /// A NIfTI-1 run of bytes: a head of lumps, shifted to the right in each volume.
+    fn run(shifts_mm: &[Option<f64>]) -> Vec<u8> {
+        let mut bytes = vec![0; 352];
+        let mut put = |at: usize, number: &[u8]| {
+            bytes[at..at + number.len()].copy_from_slice(number);
+        };
+        put(0, &348_i32.to_le_bytes());
+        let volumes = i16::try_from(shifts_mm.len()).unwrap();
+        for (at, number) in [(40, 4), (48, volumes), (70, 2), (254, 1)] {
+            put(at, &number.to_le_bytes());
+        }
+        for (axis, side) in SIDES.into_iter().enumerate() {
+            put(42 + 2 * axis, &side.to_le_bytes());
+            put(280 + 20 * axis, &5_f32.to_le_bytes());
+        }
+        for (at, number) in [(92, 2_f32), (108, 352.0), (112, 1.0)] {
+            put(at, &number.to_le_bytes());
+        }
+        put(344, b"n+1\0");
+        let middle = SIDES.map(|side| f64::from(side - 1) / 2.0);
+        for shift in shifts_mm {
+            for k in 0..SIDES[2] {
+                for j in 0..SIDES[1] {
+                    for i in 0..SIDES[0] {
+                        let at = [i, j, k].map(f64::from);
+                        let [x, y, z]: [f64; 3] =
+                            std::array::from_fn(|axis| SPACING_MM * (at[axis] - middle[axis]));
+                        let value = shift.map_or(9.0, |shift| head([x - shift, y, z]));
+                        #[expect(
+                            clippy::cast_possible_truncation,
+                            clippy::cast_sign_loss,
+                            reason = "a byte's worth of a head"
+                        )]
+                        bytes.push(value as u8);
+                    }
+                }
+            }
+        }
+        bytes
+    }
+
+    fn head([x, y, z]: [f64; 3]) -> f64 {
+        let inside = 1.0 - (x / 55.0).powi(2) - (y / 65.0).powi(2) - (z / 50.0).powi(2);
+        let lumps = (x / 9.0).sin() * (y / 11.0 + 1.0).cos() + (z / 10.0 + x / 20.0).sin();
+        (140.0 + 40.0 * lumps) / (1.0 + (-12.0 * inside).exp())
+    }
+
+    fn arguments(bold: PathBuf, out: PathBuf, reference: usize) -> Arguments {
+        Arguments {
+            bold,
+            out,
+            reference,
+            fd_limit_mm: 0.5,
+        }
+    }
+
+    #[test]
+    fn volumes_that_cannot_be_realigned_are_null_with_their_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let (bold, out) = (dir.path().join("run.nii"), dir.path().join("motion.json"));
+        let mut bytes = run(&[Some(0.0), Some(2.0), None, Some(-1.0), Some(0.0)]);
+        bytes.truncate(bytes.len() - 7);
+        std::fs::write(&bold, bytes).unwrap();
+        motion(&arguments(bold, out.clone(), 0)).unwrap();
+        let report: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&out).unwrap()).unwrap();
+        let shift = |volume: usize| report["matrices_ras"][volume][0][3].as_f64();
+        assert_eq!(shift(0), Some(0.0));
+        assert!((shift(1).unwrap() - 2.0).abs() < 0.1, "{:?}", shift(1));
+        assert!((shift(3).unwrap() + 1.0).abs() < 0.1, "{:?}", shift(3));
+        let quality = &report["quality"];
+        assert_eq!(quality[1]["motion_spike"], true);
+        assert_eq!(quality[3]["compared_with_volume"], 1);
+        for (entry, volume, reason) in [(0, 2, "structure"), (1, 4, "bytes")] {
+            let unrealigned = &report["unrealigned"][entry];
+            assert_eq!(unrealigned["volume"], volume);
+            assert!(
+                unrealigned["reason"].as_str().unwrap().contains(reason),
+                "{unrealigned}"
+            );
+            for list in ["matrices_ras", "parameters", "quality"] {
+                assert!(report[list][volume].is_null(), "{list}");
+            }
+        }
+        assert_eq!(report["unrealigned"].as_array().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn run_without_a_head_and_reference_that_is_not_there_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (bold, out) = (dir.path().join("run.nii"), dir.path().join("motion.json"));
+        std::fs::write(&bold, run(&[Some(0.0), None, None])).unwrap();
+        let none = motion(&arguments(bold.clone(), out.clone(), 0));
+        assert!(
+            matches!(none, Err(CommandError::None { volumes: 2, .. })),
+            "{none:?}"
+        );
+        let flat = motion(&arguments(bold.clone(), out.clone(), 1));
+        assert!(
+            matches!(flat, Err(CommandError::Unusable { volume: 1, .. })),
+            "{flat:?}"
+        );
+        let beyond = motion(&arguments(bold, out, 3));
+        assert!(
+            matches!(beyond, Err(CommandError::Reference { found: 3, .. })),
+            "{beyond:?}"
+        );
+    }
 }

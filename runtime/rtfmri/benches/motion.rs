@@ -222,12 +222,12 @@ impl Run {
         times.sort();
         busy.sort();
         if let (Some(half), Some(most)) = (busy.get(500), busy.get(990)) {
-            println!(
+            eprintln!(
                 "{}, whole way, processor time: p50 {half:.2?}, p99 {most:.2?}",
                 self.name
             );
         }
-        println!(
+        eprintln!(
             "{}, whole way of 1,000 volumes, one core: p50 {:.2?}, p99 {:.2?}, largest {:.2?}; first \
              100 {early:.2?}, last 100 {late:.2?}; resident {resident:?} KiB after 100 and 1,000",
             self.name, times[500], times[990], times[999],
@@ -252,7 +252,7 @@ fn resident_kib() -> Option<u64> {
 fn main() {
     let file = real();
     let base = file.as_deref().map(|bytes| dicom::decode(bytes).unwrap());
-    println!(
+    eprintln!(
         "{}",
         if base.is_some() {
             "a real head: shared/scanner/dicom/siemens_e11_mosaic_run"
