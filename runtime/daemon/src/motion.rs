@@ -522,7 +522,7 @@ mod tests {
         let quality = &report["quality"];
         assert_eq!(quality[1]["motion_spike"], true);
         assert_eq!(quality[3]["compared_with_volume"], 1);
-        for (entry, volume, reason) in [(0, 2, "structure"), (1, 4, "bytes")] {
+        for (entry, volume, reason) in [(0, 2, "correlates"), (1, 4, "bytes")] {
             let unrealigned = &report["unrealigned"][entry];
             assert_eq!(unrealigned["volume"], volume);
             assert!(

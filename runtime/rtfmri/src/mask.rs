@@ -366,6 +366,32 @@ mod tests {
     }
 
     #[test]
+    fn voxels_are_found_through_any_affine_and_those_outside_are_counted() {
+        let mask = Mask::from_voxels([6, 5, 4], FLIPPED, &[[2, 2, 2], [3, 2, 1]]).unwrap();
+        let volume = volume();
+        let image = Interpolation::new(&volume).unwrap();
+        // One column to the left and half a slice up: another step along the volume's axes.
+        let mut map = Rigid::identity().matrix_lps();
+        (map[0][3], map[2][3]) = (3.0, 2.0);
+        let values = mask.sample_through(&image, &map);
+        let still = Rigid::identity().matrix_lps();
+        let at = |index| image.at(&[volume.position_lps(index)], &still)[0];
+        // The volume's own columns, rows and slices of those places.
+        let expected = [at([3.0, 2.0, 2.5]), at([4.0, 2.0, 1.5])];
+        for (value, expected) in values.iter().zip(expected) {
+            assert!((value - expected).abs() < 1e-3, "{value} and {expected}");
+        }
+        assert_eq!(mask.count_outside(&volume, &map).unwrap(), 0);
+        map[0][3] = 9.0;
+        assert_eq!(mask.count_outside(&volume, &map).unwrap(), 1);
+        map[0][3] = 90.0;
+        assert_eq!(mask.count_outside(&volume, &map).unwrap(), 2);
+        // Outside, the nearest edge's value.
+        let edge = mask.sample_through(&image, &map);
+        assert!((edge[0] - at([5.0, 2.0, 2.5])).abs() < 1e-3);
+    }
+
+    #[test]
     fn empty_volume_is_refused() {
         let mask = Mask::from_voxels([6, 5, 4], FLIPPED, &[[2, 2, 2]]).unwrap();
         let mut volume = volume();
