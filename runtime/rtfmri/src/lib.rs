@@ -6,8 +6,8 @@
 //! masked volumes into one beta per voxel, z-scored over trials ([`zscore`]).
 //! There is no file, no clock and no thread in this crate.
 
-pub mod confounds;
 pub mod bold;
+pub mod confounds;
 pub mod dicom;
 pub mod events;
 pub mod glm;
