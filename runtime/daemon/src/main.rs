@@ -10,6 +10,7 @@ mod decode;
 mod link;
 mod logging;
 mod memory;
+mod motion;
 mod parse;
 mod pipeline;
 mod reconstruct;
@@ -54,6 +55,7 @@ enum Command {
     /// Run a recorded session again and compare: same betas to the bit, same pictures to the byte
     Replay(replay::Arguments),
     Betas(betas::Arguments),
+    Motion(motion::Arguments),
     /// Measure time and memory of every stage of a bundle on this machine
     Bench(bench::Arguments),
     /// Measure how late trigger stamps are on this machine
@@ -97,6 +99,7 @@ fn main() -> ExitCode {
         Command::Reconstruct(arguments) => reconstruct::main(&arguments),
         Command::Replay(arguments) => replay::main(&arguments),
         Command::Betas(arguments) => betas::main(&arguments),
+        Command::Motion(arguments) => motion::main(&arguments),
         Command::Bench(arguments) => bench::main(&arguments),
         Command::TriggerLatency(arguments) => trigger::latency::main(&arguments),
         Command::Role {

@@ -6,15 +6,19 @@
 //! masked volumes into one beta per voxel, z-scored over trials ([`zscore`]).
 //! There is no file, no clock and no thread in this crate.
 
+pub mod bold;
 pub mod confounds;
 pub mod dicom;
 pub mod events;
 pub mod glm;
+pub mod interpolation;
 pub mod mask;
 pub mod mosaic;
 pub mod motion;
 pub mod nifti;
 pub mod nifti_run;
+pub mod quality;
+pub mod registration;
 pub mod resample;
 mod spline;
 pub mod timing;

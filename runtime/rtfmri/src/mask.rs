@@ -7,9 +7,9 @@
 use nalgebra::{Matrix4, Vector4};
 use ndarray::{Array1, Array3};
 
+use crate::interpolation::{self, Interpolation, InterpolationError};
 use crate::motion::Rigid;
 use crate::nifti::{self, NiftiError};
-use crate::spline::Spline;
 use crate::volume::{Affine, Volume, apply};
 
 /// How far, in voxels, a mask voxel's centre may lie from the volume's.
@@ -41,6 +41,9 @@ pub enum MaskError {
     /// The volume's affine has no inverse.
     #[error("volume affine is singular")]
     Singular,
+    /// The volume cannot be read between its voxels.
+    #[error("volume cannot be interpolated")]
+    Interpolation(#[from] InterpolationError),
     /// A mask voxel lies outside the mask's own grid.
     #[error("mask voxel {voxel:?} is outside a grid of {shape:?}")]
     Outside {
@@ -163,14 +166,58 @@ impl Mask {
     /// # Errors
     /// As [`Mask::sample`].
     pub fn sample_moved(&self, volume: &Volume, motion: &Rigid) -> Result<Array1<f32>, MaskError> {
-        let grid = self.grid_in(volume)?;
-        let spline = Spline::through(volume.voxels.view());
-        let place = |[x, y, z]: [f64; 3]| {
-            let [x, y, z] = motion.apply([-x, -y, z]);
-            let at = grid.inverse * Vector4::new(x, y, z, 1.0);
-            spline.value([at[0], at[1], at[2]])
+        self.grid_in(volume)?;
+        let image = Interpolation::new(volume)?;
+        Ok(self.sample_through(&image, &motion.matrix_lps()))
+    }
+
+    /// Takes the mask's voxels out of a volume of any grid, in one interpolation.
+    ///
+    /// Each voxel is looked up where `map` puts it: for a mask of the trained space that is
+    /// motion after registration ([`Registration::then`]). One that is outside the volume
+    /// takes the value at the nearest edge; [`Mask::count_outside`] tells how many are.
+    ///
+    /// - `map`: from the mask's space to the volume's, LPS to LPS, millimetres.
+    ///
+    /// Returns `[voxel]`, scanner units.
+    ///
+    /// [`Registration::then`]: crate::registration::Registration::then
+    #[must_use]
+    pub fn sample_through(&self, image: &Interpolation, map: &Affine) -> Array1<f32> {
+        let map = self.index_map(image.to_index(), map);
+        let voxels = self.voxels.iter().map(|voxel| voxel.map(as_f64));
+        image.along(voxels, &map).collect()
+    }
+
+    /// How many of the mask's voxels lie outside a volume, by more than half a voxel.
+    ///
+    /// - `map`: as for [`Mask::sample_through`].
+    ///
+    /// # Errors
+    /// [`MaskError::Singular`] where the volume has no places.
+    pub fn count_outside(&self, volume: &Volume, map: &Affine) -> Result<usize, MaskError> {
+        let grid = Grid::of(volume)?;
+        let map = self.index_map(&grid.inverse, map);
+        let outside = |voxel: &&[usize; 3]| {
+            let at = interpolation::transformed(&map, voxel.map(as_f64));
+            let within = |axis: usize| (-0.5..=as_f64(grid.shape[axis]) - 0.5).contains(&at[axis]);
+            !(0..3).all(within)
         };
-        Ok(self.positions_ras().into_iter().map(place).collect())
+        Ok(self.voxels.iter().filter(outside).count())
+    }
+
+    /// Whether the mask's grid is a volume's, corner by corner.
+    ///
+    /// # Errors
+    /// As [`Mask::sample`].
+    pub fn check_grid(&self, volume: &Volume) -> Result<(), MaskError> {
+        self.grid_in(volume).map(|_| ())
+    }
+
+    /// The matrix from the mask's voxels to a volume's.
+    fn index_map(&self, to_index: &Matrix4<f64>, map: &Affine) -> Matrix4<f64> {
+        let flip = Matrix4::from_diagonal(&Vector4::new(-1.0, -1.0, 1.0, 1.0));
+        to_index * interpolation::matrix(map) * flip * interpolation::matrix(&self.affine_ras)
     }
 
     /// Finds the mask's grid in a volume, corner by corner.
@@ -316,6 +363,32 @@ mod tests {
         for (moved, plain) in still.iter().zip(&mask.sample(&volume).unwrap()) {
             assert!((moved - plain).abs() < 1e-3);
         }
+    }
+
+    #[test]
+    fn voxels_are_found_through_any_affine_and_those_outside_are_counted() {
+        let mask = Mask::from_voxels([6, 5, 4], FLIPPED, &[[2, 2, 2], [3, 2, 1]]).unwrap();
+        let volume = volume();
+        let image = Interpolation::new(&volume).unwrap();
+        // One column to the left and half a slice up: another step along the volume's axes.
+        let mut map = Rigid::identity().matrix_lps();
+        (map[0][3], map[2][3]) = (3.0, 2.0);
+        let values = mask.sample_through(&image, &map);
+        let still = Rigid::identity().matrix_lps();
+        let at = |index| image.at(&[volume.position_lps(index)], &still)[0];
+        // The volume's own columns, rows and slices of those places.
+        let expected = [at([3.0, 2.0, 2.5]), at([4.0, 2.0, 1.5])];
+        for (value, expected) in values.iter().zip(expected) {
+            assert!((value - expected).abs() < 1e-3, "{value} and {expected}");
+        }
+        assert_eq!(mask.count_outside(&volume, &map).unwrap(), 0);
+        map[0][3] = 9.0;
+        assert_eq!(mask.count_outside(&volume, &map).unwrap(), 1);
+        map[0][3] = 90.0;
+        assert_eq!(mask.count_outside(&volume, &map).unwrap(), 2);
+        // Outside, the nearest edge's value.
+        let edge = mask.sample_through(&image, &map);
+        assert!((edge[0] - at([5.0, 2.0, 2.5])).abs() < 1e-3);
     }
 
     #[test]

@@ -5,7 +5,10 @@ use std::time::Instant;
 
 use nalgebra::{Matrix4, Rotation3, Vector3};
 use ndarray::Array3;
+use rtfmri::interpolation::Interpolation;
 use rtfmri::motion::{Realigner, Rigid};
+use rtfmri::quality::rms_displacement_mm;
+use rtfmri::registration::{Freedom, register};
 use rtfmri::{PatientTag, SeriesUid, Volume, VolumeHeader};
 use serde_json::Value;
 
@@ -113,5 +116,79 @@ fn known_motions_are_found() {
         eprintln!("{set}: mean error {mean:.3} mm, largest {worst:.3} mm, {each:?} a volume");
         assert!(mean <= tolerance::MOTION_MEAN_MM, "{set}");
         assert!(worst <= tolerance::MOTION_WORST_MM, "{set}");
+    }
+}
+
+/// A real head on another grid, elsewhere, in another contrast.
+#[test]
+fn known_registration_of_a_real_head_is_found() {
+    let Some(data) = scanner() else { return };
+    let set = "siemens_e11_small";
+    let truth = json(data.join(format!("motion/{set}_truth.json")));
+    let packed = read(data.join(format!("motion/{set}_bold.nii.gz")));
+    let volumes = volumes(&packed, &truth);
+    // Two volumes, so that they do not have the same noise.
+    let (trained, session) = (&volumes[0], Interpolation::new(&volumes[20]).unwrap());
+    let moved = to_matrix(&truth["matrices_ras"][20]);
+    let flip = Matrix4::from_diagonal(&nalgebra::Vector4::new(-1.0, -1.0, 1.0, 1.0));
+    let centre = flip.fixed_view::<3, 3>(0, 0) * to_vector(&truth["rotation_centre_ras_mm"]);
+    let turn = Rotation3::from_euler_angles(0.1, -0.05, 0.08);
+    let shift = Vector3::new(6.0, -9.0, 7.0) + centre - turn * centre;
+    let placed = turn.to_homogeneous().append_translation(&shift);
+    let plain: fn(f32) -> f32 = |value| 1.7 * value;
+    let other: fn(f32) -> f32 = |value| 40.0 + 90.0 * value.max(0.0).powf(0.6);
+    for (freedom, stretch, contrast, limit) in [
+        (Freedom::Rigid, 1.0, plain, tolerance::REGISTRATION_MM),
+        (Freedom::Affine, 1.03, plain, tolerance::REGISTRATION_MM),
+        (Freedom::Rigid, 1.0, other, tolerance::OTHER_CONTRAST_MM),
+        (Freedom::Affine, 1.03, other, tolerance::OTHER_CONTRAST_MM),
+    ] {
+        let grow = Matrix4::new_translation(&centre)
+            * Matrix4::new_scaling(stretch)
+            * Matrix4::new_translation(&-centre);
+        let map = placed * grow;
+        let spacing = [2.5, 2.5, 3.2];
+        // So few slices that the measured volume holds nearly all of them.
+        let sides = [14_u32, 70, 70];
+        let mut affine_lps = [[0.0; 4]; 4];
+        for axis in 0..3 {
+            let half = (f64::from(sides[2 - axis]) - 1.0) / 2.0;
+            affine_lps[axis][axis] = spacing[axis];
+            affine_lps[axis][3] = centre[axis] + 4.0 - half * spacing[axis];
+        }
+        affine_lps[3][3] = 1.0;
+        let [slices, rows, columns] = sides.map(|side| usize::try_from(side).unwrap());
+        let mut placed_volume = Volume {
+            voxels: Array3::zeros((slices, rows, columns)),
+            affine_lps,
+            header: trained.header.clone(),
+        };
+        let places: Vec<[f64; 3]> = placed_volume
+            .voxels
+            .indexed_iter()
+            .map(|((slice, row, column), _)| {
+                let index = [column, row, slice].map(|at| f64::from(u32::try_from(at).unwrap()));
+                placed_volume.position_lps(index)
+            })
+            .collect();
+        // Where the new volume's places are in the volume that was measured.
+        let back = flip * moved * flip * map.try_inverse().unwrap();
+        let rows_of = |matrix: &Matrix4<f64>| {
+            std::array::from_fn(|row| std::array::from_fn(|column| matrix[(row, column)]))
+        };
+        let values = session.at(&places, &rows_of(&back));
+        let values: Vec<f32> = values.into_iter().map(contrast).collect();
+        placed_volume.voxels = Array3::from_shape_vec(placed_volume.voxels.dim(), values).unwrap();
+        let start = Instant::now();
+        let found = register(trained, &placed_volume, freedom).unwrap();
+        let took = start.elapsed();
+        let error = rms_displacement_mm(
+            &found.matrix_lps(),
+            &rows_of(&map),
+            centre.into(),
+            SPHERE_MM,
+        );
+        eprintln!("{freedom:?} registration: error {error:.3} mm, {took:?}");
+        assert!(error <= limit, "{freedom:?}: {error} mm");
     }
 }
