@@ -651,6 +651,7 @@ fn masked(path: &Path, image: &rtfmri::nifti::Image) -> Result<Vec<usize>, Betas
             instance: None,
             tr_ms: 0.0,
             slice_times_ms: None,
+            time_ms: None,
         },
     };
     let found = mask.sample(&volume).map_err(|source| BetasError::Mask {

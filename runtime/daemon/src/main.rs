@@ -17,11 +17,13 @@ mod reconstruct;
 mod record;
 mod replay;
 mod roles;
+mod sandbox;
 mod settings;
 mod show;
 mod simulate;
 mod supervise;
 mod trigger;
+mod volumes;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -56,6 +58,8 @@ enum Command {
     Replay(replay::Arguments),
     Betas(betas::Arguments),
     Motion(motion::Arguments),
+    /// Turn a folder of scanner files into NIfTI images with their times, offline
+    Volumes(volumes::Arguments),
     /// Measure time and memory of every stage of a bundle on this machine
     Bench(bench::Arguments),
     /// Measure how late trigger stamps are on this machine
@@ -100,6 +104,7 @@ fn main() -> ExitCode {
         Command::Replay(arguments) => replay::main(&arguments),
         Command::Betas(arguments) => betas::main(&arguments),
         Command::Motion(arguments) => motion::main(&arguments),
+        Command::Volumes(arguments) => volumes::main(&arguments),
         Command::Bench(arguments) => bench::main(&arguments),
         Command::TriggerLatency(arguments) => trigger::latency::main(&arguments),
         Command::Role {

@@ -1,16 +1,15 @@
 //! The parser child: reads file bytes from standard input, answers on standard output.
 //!
-//! It opens nothing, limits itself before the first byte, and may be killed at any time.
+//! It enters its sandbox before the first byte, opens nothing, and may be killed at any time.
 
 use std::io::{self, BufReader, BufWriter};
 use std::process::ExitCode;
 
-use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::SigSet;
 use wire::{FrameError, ParseReply};
 
 use crate::logging::chain;
-use crate::pipeline;
+use crate::{pipeline, sandbox};
 
 /// Runs until standard input ends.
 pub(crate) fn main(memory_bytes: u64) -> ExitCode {
@@ -18,17 +17,8 @@ pub(crate) fn main(memory_bytes: u64) -> ExitCode {
     if SigSet::all().thread_unblock().is_err() {
         return ExitCode::FAILURE;
     }
-    let limits = [
-        (Resource::RLIMIT_AS, memory_bytes),
-        (Resource::RLIMIT_FSIZE, 0),
-        (Resource::RLIMIT_NPROC, 0),
-        (Resource::RLIMIT_NOFILE, 3),
-        (Resource::RLIMIT_CORE, 0),
-    ];
-    for (resource, limit) in limits {
-        if setrlimit(resource, limit, limit).is_err() {
-            return ExitCode::FAILURE;
-        }
+    if sandbox::enter(memory_bytes).is_err() {
+        return ExitCode::FAILURE;
     }
     let mut input = BufReader::new(io::stdin().lock());
     let mut output = BufWriter::new(io::stdout().lock());
@@ -38,8 +28,8 @@ pub(crate) fn main(memory_bytes: u64) -> ExitCode {
             Err(FrameError::Closed) => return ExitCode::SUCCESS,
             Err(_) => return ExitCode::FAILURE,
         };
-        let reply = match pipeline::read_volume(&bytes) {
-            Ok(volume) => ParseReply::Volume(volume),
+        let reply = match pipeline::read_file(&bytes) {
+            Ok(reply) => reply,
             Err(error) => ParseReply::Refused {
                 reason: chain(&error),
             },

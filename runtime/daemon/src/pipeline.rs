@@ -3,7 +3,7 @@
 //! ```text
 //!                 parse            acquire                  acquire               decode
 //! file bytes ──► Volume ──► AlignedVolume [voxel] ──► TrialBetas [voxel] ──► BrainTokens ─► Latent ─► Picture
-//!            read_volume    align                     fit_trial              decode_trial
+//!             read_file     align                     fit_trial              decode_trial
 //! ```
 //!
 //! Each role takes its arrows in a process of its own; what travels between them is in `wire`.
@@ -11,35 +11,169 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use decoder::{DecodeError, Decoder, NoiseKey, Progress, Reconstruction, Tier};
-use ndarray::{Array1, Array3, ArrayView2};
-use rtfmri::dicom::{self, DicomError};
+use ndarray::{Array1, Array2, Array3, ArrayView2};
+use rtfmri::dicom::{self, DicomError, Image};
 use rtfmri::events::Event;
 use rtfmri::glm::{Design, GlmError, GlmSettings, TrialFit};
-use rtfmri::{Mask, MaskError, MotionError, Realigner, Rigid, SeriesUid, Volume, VolumeHeader};
+use rtfmri::nifti::{self, NiftiError};
+use rtfmri::{
+    Mask, MaskError, MotionError, PatientTag, Realigner, Rigid, SeriesUid, Slice, SliceHeader,
+    SliceOrder, Volume, VolumeHeader,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use wire::{TrialMessage, VolumeMessage};
+use wire::{ImageMessage, ParseReply, SliceMessage, TrialMessage, VolumeMessage};
 
-/// File bytes → volume; runs in the parser child.
+/// Why a file's bytes are not read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReadError {
+    /// Neither volume nor slice.
+    #[error(transparent)]
+    Dicom(#[from] DicomError),
+    /// Not an image.
+    #[error(transparent)]
+    Nifti(#[from] NiftiError),
+}
+
+/// File bytes → volume, slice or image; runs in the parser child.
 ///
 /// # Errors
-/// [`DicomError`], which carries no header value.
-pub(crate) fn read_volume(bytes: &[u8]) -> Result<VolumeMessage, DicomError> {
-    let volume = dicom::decode(bytes)?;
+/// [`ReadError`], which carries no header value.
+pub(crate) fn read_file(bytes: &[u8]) -> Result<ParseReply, ReadError> {
+    if nifti::is_likely(bytes) {
+        return Ok(ParseReply::Image(read_image(bytes)?));
+    }
+    Ok(match dicom::decode(bytes)? {
+        Image::Volume(volume) => ParseReply::Volume(volume_message(volume)),
+        Image::Slice(slice) => ParseReply::Slice(slice_message(slice)),
+    })
+}
+
+/// A NIfTI image; its first volume only where a file that is not packed has come so far.
+fn read_image(bytes: &[u8]) -> Result<ImageMessage, NiftiError> {
+    let (header, volume) = match nifti::read_volume(bytes, 0) {
+        Ok((header, mut volume)) => {
+            volume.header.acquisition = 0;
+            (header, Some(volume_message(volume)))
+        }
+        Err(NiftiError::Truncated { .. }) => (nifti::Header::read(bytes)?, None),
+        Err(error) => return Err(error),
+    };
+    Ok(ImageMessage {
+        volumes: header.volumes as u64,
+        start: header.start(),
+        volume_bytes: header.volume_bytes(),
+        volume,
+    })
+}
+
+fn side(len: usize) -> u32 {
+    u32::try_from(len).unwrap_or(u32::MAX)
+}
+
+/// What stands for a series and a patient outside the parser.
+fn hashes(series: &SeriesUid, patient: PatientTag) -> ([u8; 16], u64) {
+    let mut hash = [0; 16];
+    hash.copy_from_slice(&Sha256::digest(series.expose().as_bytes())[..16]);
+    let mut hasher = DefaultHasher::new();
+    patient.hash(&mut hasher);
+    (hash, hasher.finish())
+}
+
+/// A volume as a message.
+pub(crate) fn volume_message(volume: Volume) -> VolumeMessage {
     let (slices, rows, columns) = volume.voxels.dim();
-    let side = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
-    let mut series = [0; 16];
-    series.copy_from_slice(&Sha256::digest(volume.header.series_uid.expose().as_bytes())[..16]);
-    let mut patient = DefaultHasher::new();
-    volume.header.patient.hash(&mut patient);
-    Ok(VolumeMessage {
+    let header = volume.header;
+    let (series, patient) = hashes(&header.series_uid, header.patient);
+    VolumeMessage {
         shape: [side(slices), side(rows), side(columns)],
-        voxels: volume.voxels.iter().copied().collect(),
+        voxels: flat(volume.voxels),
         affine_lps: volume.affine_lps,
         series,
-        patient: patient.finish(),
-        number: volume.header.acquisition,
-        tr_ms: volume.header.tr_ms,
+        patient,
+        number: header.acquisition,
+        tr_ms: header.tr_ms,
+        time_ms: header.time_ms,
+        slice_times_ms: header
+            .slice_times_ms
+            .map(|times| times.into_iter().map(single).collect()),
+    }
+}
+
+fn slice_message(slice: Slice) -> SliceMessage {
+    let (rows, columns) = slice.pixels.dim();
+    let header = slice.header;
+    let (series, patient) = hashes(&header.series_uid, header.patient);
+    SliceMessage {
+        shape: [side(rows), side(columns)],
+        pixels: flat(slice.pixels),
+        position_lps: slice.position_lps,
+        columns_lps: slice.columns_lps,
+        rows_lps: slice.rows_lps,
+        pixel_mm: slice.pixel_mm,
+        spacing_mm: slice.spacing_mm,
+        series,
+        patient,
+        number: header.number,
+        slices: header.slices,
+        instance: header.instance,
+        tr_ms: header.tr_ms,
+        time_ms: header.time_ms,
+        taken_ms: header.taken_ms,
+        rank: header.rank,
+        order: header
+            .order
+            .map(|order| (order.interleaved, order.delay_ms)),
+    }
+}
+
+/// An array's values in their order; without a copy where they lie so.
+fn flat<D: ndarray::Dimension>(array: ndarray::Array<f32, D>) -> Vec<f32> {
+    if array.is_standard_layout() {
+        let (values, offset) = array.into_raw_vec_and_offset();
+        if offset.unwrap_or(0) == 0 {
+            return values;
+        }
+        return values.into_iter().skip(offset.unwrap_or(0)).collect();
+    }
+    array.iter().copied().collect()
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "a slice's time within a TR, to the microsecond"
+)]
+fn single(value: f64) -> f32 {
+    value as f32
+}
+
+/// The parser's message as the slice it stands for; `None` where shape and pixels disagree.
+pub(crate) fn slice_of(message: SliceMessage) -> Option<Slice> {
+    let [rows, columns] = message
+        .shape
+        .map(|len| usize::try_from(len).unwrap_or(usize::MAX));
+    Some(Slice {
+        pixels: Array2::from_shape_vec((rows, columns), message.pixels).ok()?,
+        position_lps: message.position_lps,
+        columns_lps: message.columns_lps,
+        rows_lps: message.rows_lps,
+        pixel_mm: message.pixel_mm,
+        spacing_mm: message.spacing_mm,
+        header: SliceHeader {
+            series_uid: SeriesUid::new(""),
+            patient: PatientTag::from_number(message.patient),
+            number: message.number,
+            slices: message.slices,
+            instance: message.instance,
+            tr_ms: message.tr_ms,
+            time_ms: message.time_ms,
+            taken_ms: message.taken_ms,
+            rank: message.rank,
+            order: message.order.map(|(interleaved, delay_ms)| SliceOrder {
+                interleaved,
+                delay_ms,
+            }),
+        },
     })
 }
 
@@ -53,11 +187,14 @@ pub(crate) fn volume_of(message: VolumeMessage) -> Option<Volume> {
         affine_lps: message.affine_lps,
         header: VolumeHeader {
             series_uid: SeriesUid::new(""),
-            patient: rtfmri::PatientTag::default(),
+            patient: PatientTag::default(),
             acquisition: message.number,
             instance: None,
             tr_ms: message.tr_ms,
-            slice_times_ms: None,
+            slice_times_ms: message
+                .slice_times_ms
+                .map(|times| times.into_iter().map(f64::from).collect()),
+            time_ms: message.time_ms,
         },
     })
 }
@@ -183,6 +320,8 @@ pub(crate) mod tests {
             patient: 0,
             number,
             tr_ms: 1500.0,
+            time_ms: None,
+            slice_times_ms: None,
         }
     }
 

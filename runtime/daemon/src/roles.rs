@@ -179,7 +179,7 @@ pub(crate) fn ready() {
 /// A flag that SIGTERM and SIGINT raise.
 ///
 /// Must run before other threads start: they inherit the blocked signals.
-fn stop_on_signal() -> Result<Arc<AtomicBool>, std::io::Error> {
+pub(crate) fn stop_on_signal() -> Result<Arc<AtomicBool>, std::io::Error> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);

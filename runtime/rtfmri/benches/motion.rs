@@ -66,6 +66,7 @@ fn empty(shape: [usize; 3], spacing_mm: [f64; 3]) -> Volume {
             instance: None,
             tr_ms: 1500.0,
             slice_times_ms: None,
+            time_ms: None,
         },
     }
 }
@@ -249,7 +250,9 @@ fn resident_kib() -> Option<u64> {
 
 fn main() {
     let file = real();
-    let base = file.as_deref().map(|bytes| dicom::decode(bytes).unwrap());
+    let base = file
+        .as_deref()
+        .map(|bytes| dicom::decode_volume(bytes).unwrap());
     eprintln!(
         "{}",
         if base.is_some() {
@@ -271,7 +274,7 @@ fn main() {
     }
     if let Some(bytes) = &file {
         criterion.bench_function("64 x 64 x 27/decode of a mosaic file", |bench| {
-            bench.iter(|| dicom::decode(black_box(bytes)).unwrap());
+            bench.iter(|| dicom::decode_volume(black_box(bytes)).unwrap());
         });
     }
     criterion.final_summary();

@@ -116,7 +116,10 @@ impl<'b> Bold<'b> {
         let volumes = sides[3];
         if volume_bytes > MAX_VOLUME_BYTES {
             let shape = [sides[0], sides[1], sides[2]];
-            return Err(NiftiError::TooManyVoxels { shape });
+            return Err(NiftiError::TooManyVoxels {
+                shape,
+                limit: nifti::MAX_VOXELS,
+            });
         }
         if volumes > MAX_VOLUMES {
             let found = crate::spline::count(volumes);
@@ -210,6 +213,7 @@ impl<'b> Bold<'b> {
                 instance: None,
                 tr_ms: self.tr_ms,
                 slice_times_ms: None,
+                time_ms: None,
             },
         })
     }

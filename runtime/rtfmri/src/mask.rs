@@ -334,6 +334,7 @@ mod tests {
                 instance: None,
                 tr_ms: 1500.0,
                 slice_times_ms: None,
+                time_ms: None,
             },
         }
     }

@@ -3,12 +3,13 @@
 //! Written from the public standard: explicit little endian, our own 2.25 UIDs, no
 //! patient, no date. [`crate::dicom::decode`] takes back what [`encode`] writes.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use ndarray::Axis;
 
+use crate::dicom::write::{self, Elements, MR_IMAGE, decimal, decimals, derived_uid};
 use crate::dicom::{csa, grid_side};
-use crate::volume::{SeriesUid, Volume};
+use crate::volume::{SeriesUid, Volume, VolumeHeader};
 
-/// Why a volume cannot be written as a mosaic.
+/// Why a volume cannot be written as a mosaic, an enhanced file or single slices.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum MosaicError {
     /// A stored pixel is a whole number of 16 bits.
@@ -17,8 +18,8 @@ pub enum MosaicError {
         /// The value.
         value: f32,
     },
-    /// The mosaic's sides do not fit 16 bits, or there is nothing to write.
-    #[error("{slices} slices of {rows} rows and {columns} columns do not make a mosaic")]
+    /// The sides do not fit 16 bits, or there is nothing to write.
+    #[error("{slices} slices of {rows} rows and {columns} columns do not make a file")]
     Size {
         /// Slices.
         slices: usize,
@@ -70,27 +71,19 @@ pub fn encode(volume: &Volume) -> Result<Vec<u8>, MosaicError> {
         return Err(size);
     };
     let header = &volume.header;
-    let series = header.series_uid.expose();
-    let uid_like = |c: char| c.is_ascii_digit() || c == '.';
-    if series.is_empty() || series.len() > 64 || !series.chars().all(uid_like) {
-        return Err(MosaicError::SeriesUid);
-    }
-    if !(header.tr_ms > 0.0 && header.tr_ms.is_finite()) {
-        return Err(MosaicError::Header {
-            name: "tr_ms",
-            value: header.tr_ms,
-            expected: "above 0",
-        });
-    }
+    let series = check_header(header)?;
     let geometry = Geometry::of(volume, grid)?;
     let times = header.slice_times_ms.as_deref().unwrap_or_default();
     let images = u32::try_from(slices).map_err(|_| size)?;
 
-    let mut data = Elements(Vec::new());
+    let mut data = Elements::default();
     data.text((0x0008, 0x0008), b"CS", "ORIGINAL\\PRIMARY\\M\\ND\\MOSAIC");
     data.text((0x0008, 0x0016), b"UI", MR_IMAGE);
     let instance_uid = derived_uid(series, header.acquisition, "instance");
     data.text((0x0008, 0x0018), b"UI", &instance_uid);
+    if let Some(time_ms) = header.time_ms {
+        data.text((0x0008, 0x0032), b"TM", &write::time(time_ms));
+    }
     data.text((0x0008, 0x0060), b"CS", "MR");
     data.text((0x0008, 0x0070), b"LO", "SIEMENS");
     data.text((0x0008, 0x1090), b"LO", "Afterimage simulator");
@@ -123,54 +116,44 @@ pub fn encode(volume: &Volume) -> Result<Vec<u8>, MosaicError> {
     data.long((0x0029, 0x1010), b"OB", &private);
     data.long((0x7fe0, 0x0010), b"OW", &pixels(volume, grid)?);
 
-    let mut meta = Elements(Vec::new());
-    meta.long((0x0002, 0x0001), b"OB", &[0, 1]);
-    meta.text((0x0002, 0x0002), b"UI", MR_IMAGE);
-    meta.text((0x0002, 0x0003), b"UI", &instance_uid);
-    meta.text((0x0002, 0x0010), b"UI", "1.2.840.10008.1.2.1");
-    meta.text((0x0002, 0x0012), b"UI", IMPLEMENTATION_UID);
-
-    let mut file = vec![0; 128];
-    file.extend_from_slice(b"DICM");
-    file.extend_from_slice(&[2, 0, 0, 0, b'U', b'L', 4, 0]);
-    let meta_len = u32::try_from(meta.0.len()).unwrap_or(u32::MAX);
-    file.extend_from_slice(&meta_len.to_le_bytes());
-    file.append(&mut meta.0);
-    file.append(&mut data.0);
-    Ok(file)
+    Ok(write::file(MR_IMAGE, &instance_uid, data))
 }
 
-const MR_IMAGE: &str = "1.2.840.10008.5.1.4.1.1.4";
-/// A random number as UID: this writer.
-const IMPLEMENTATION_UID: &str = "2.25.192837465091827364550192837465";
+/// The series' UID of a header that can be written.
+pub(crate) fn check_header(header: &VolumeHeader) -> Result<&str, MosaicError> {
+    let series = header.series_uid.expose();
+    let uid_like = |c: char| c.is_ascii_digit() || c == '.';
+    if series.is_empty() || series.len() > 64 || !series.chars().all(uid_like) {
+        return Err(MosaicError::SeriesUid);
+    }
+    if !(header.tr_ms > 0.0 && header.tr_ms.is_finite()) {
+        return Err(MosaicError::Header {
+            name: "tr_ms",
+            value: header.tr_ms,
+            expected: "above 0",
+        });
+    }
+    Ok(series)
+}
 
 /// One side of the mosaic, in pixels.
-fn side(len: usize, grid: usize) -> Option<u16> {
+pub(crate) fn side(len: usize, grid: usize) -> Option<u16> {
     u16::try_from(len.checked_mul(grid)?).ok()
 }
 
-/// A UID that belongs to a series, the same for the same arguments.
-fn derived_uid(series: &str, number: u32, role: &str) -> String {
-    let half = |salt: u8| {
-        let mut hasher = DefaultHasher::new();
-        (salt, series, number, role).hash(&mut hasher);
-        u128::from(hasher.finish())
-    };
-    format!("2.25.{}", half(0) << 64 | half(1))
-}
-
 /// The header's geometry numbers, millimetres and unit vectors, LPS.
-struct Geometry {
-    position: [f64; 3],
-    orientation: [f64; 6],
-    normal: [f64; 3],
+pub(crate) struct Geometry {
+    pub(crate) position: [f64; 3],
+    pub(crate) orientation: [f64; 6],
+    pub(crate) normal: [f64; 3],
     /// Distance between rows, then between columns.
-    pixel_mm: [f64; 2],
-    slice_mm: f64,
+    pub(crate) pixel_mm: [f64; 2],
+    pub(crate) slice_mm: f64,
 }
 
 impl Geometry {
-    fn of(volume: &Volume, grid: usize) -> Result<Self, MosaicError> {
+    /// - `grid`: tiles along each side of the picture that holds the slices; 1 for single slices.
+    pub(crate) fn of(volume: &Volume, grid: usize) -> Result<Self, MosaicError> {
         let affine = &volume.affine_lps;
         let axis = |index: usize| [affine[0][index], affine[1][index], affine[2][index]];
         let length = |v: [f64; 3]| (v[0] * v[0] + v[1] * v[1] + v[2] * v[2]).sqrt();
@@ -223,12 +206,24 @@ impl Geometry {
     }
 }
 
+/// One slice's pixels.
+pub(crate) fn slice_pixels(volume: &Volume, slice: usize) -> Result<Vec<u8>, MosaicError> {
+    let mut out = Vec::new();
+    for value in volume.voxels.index_axis(Axis(0), slice) {
+        let stored = write::stored_value(*value);
+        let stored = stored.ok_or(MosaicError::VoxelValue { value: *value })?;
+        out.extend_from_slice(&stored.to_le_bytes());
+    }
+    Ok(out)
+}
+
 /// The mosaic's pixels, unused tiles zero.
 fn pixels(volume: &Volume, grid: usize) -> Result<Vec<u8>, MosaicError> {
     let (_, rows, columns) = volume.voxels.dim();
     let mut out = vec![0; rows * columns * grid * grid * 2];
     for ((slice, row, column), value) in volume.voxels.indexed_iter() {
-        let stored = stored_value(*value)?;
+        let stored =
+            write::stored_value(*value).ok_or(MosaicError::VoxelValue { value: *value })?;
         let row = (slice / grid) * rows + row;
         let column = (slice % grid) * columns + column;
         let at = (row * columns * grid + column) * 2;
@@ -237,81 +232,17 @@ fn pixels(volume: &Volume, grid: usize) -> Result<Vec<u8>, MosaicError> {
     Ok(out)
 }
 
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "the range and the fraction are checked first"
-)]
-fn stored_value(value: f32) -> Result<u16, MosaicError> {
-    if (0.0..=65_535.0).contains(&value) && value.fract() == 0.0 {
-        Ok(value as u16)
-    } else {
-        Err(MosaicError::VoxelValue { value })
-    }
-}
-
-/// A decimal string: at most 16 characters, as many digits as fit.
-fn decimal(value: f64) -> String {
-    (0..=14)
-        .rev()
-        .map(|digits| format!("{value:.digits$}"))
-        .find(|text| text.len() <= 16)
-        .unwrap_or_else(|| format!("{value:.8e}"))
-}
-
-fn decimals(values: &[f64]) -> String {
-    let texts: Vec<String> = values.iter().copied().map(decimal).collect();
-    texts.join("\\")
-}
-
-/// Explicit little-endian elements, in the order they are written.
-struct Elements(Vec<u8>);
-
-impl Elements {
-    fn tag(&mut self, tag: (u16, u16), vr: &[u8; 2]) {
-        self.0.extend_from_slice(&tag.0.to_le_bytes());
-        self.0.extend_from_slice(&tag.1.to_le_bytes());
-        self.0.extend_from_slice(vr);
-    }
-
-    fn short(&mut self, tag: (u16, u16), vr: &[u8; 2], value: &[u8]) {
-        self.tag(tag, vr);
-        let len = u16::try_from(value.len()).unwrap_or(u16::MAX);
-        self.0.extend_from_slice(&len.to_le_bytes());
-        self.0.extend_from_slice(value);
-    }
-
-    fn text(&mut self, tag: (u16, u16), vr: &[u8; 2], value: &str) {
-        let mut value = value.as_bytes().to_vec();
-        if value.len() % 2 == 1 {
-            value.push(if vr == b"UI" { 0 } else { b' ' });
-        }
-        self.short(tag, vr, &value);
-    }
-
-    fn word(&mut self, tag: (u16, u16), value: u16) {
-        self.short(tag, b"US", &value.to_le_bytes());
-    }
-
-    /// A value with a 32-bit length; every caller's value has an even length.
-    fn long(&mut self, tag: (u16, u16), vr: &[u8; 2], value: &[u8]) {
-        self.tag(tag, vr);
-        let len = u32::try_from(value.len()).unwrap_or(u32::MAX);
-        self.0.extend_from_slice(&[0, 0]);
-        self.0.extend_from_slice(&len.to_le_bytes());
-        self.0.extend_from_slice(value);
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+
     use ndarray::Array3;
     use proptest::prelude::*;
     use proptest::strategy::ValueTree;
 
     use super::*;
-    use crate::dicom::decode;
-    use crate::volume::{Affine, PatientTag, VolumeHeader};
+    use crate::dicom::decode_volume as decode;
+    use crate::volume::{Affine, PatientTag};
 
     /// Any oblique grid: a rotation by two angles, three voxel sizes, an origin.
     fn affine() -> impl Strategy<Value = Affine> {
@@ -329,16 +260,20 @@ mod tests {
         })
     }
 
-    fn volume() -> impl Strategy<Value = Volume> {
+    /// Any volume that a file holds.
+    pub(crate) fn volume() -> impl Strategy<Value = Volume> {
         let shape = (1_usize..12, 1_usize..9, 1_usize..9);
-        let times = prop::option::of(0.0_f64..40.0);
+        let times = (
+            prop::option::of(0.0_f64..40.0),
+            prop::option::of(0_u32..86_400_000),
+        );
         let numbers = (
             1_u32..9999,
             prop::option::of(0_u32..9999),
             400.0_f64..9000.0,
         );
         (shape, affine(), times, numbers, any::<u64>()).prop_map(
-            |(shape, affine_lps, times, (acquisition, instance, tr_ms), seed)| Volume {
+            |(shape, affine_lps, (times, time_ms), (acquisition, instance, tr_ms), seed)| Volume {
                 voxels: Array3::from_shape_fn(shape, |place| {
                     let mut hasher = DefaultHasher::new();
                     (seed, place).hash(&mut hasher);
@@ -358,6 +293,7 @@ mod tests {
                             .map(|slice| f64::from(slice) * step / 2.0)
                             .collect()
                     }),
+                    time_ms: time_ms.map(f64::from),
                 },
             },
         )
@@ -379,6 +315,7 @@ mod tests {
             prop_assert_eq!(found.header.patient, volume.header.patient);
             prop_assert_eq!(found.header.acquisition, volume.header.acquisition);
             prop_assert_eq!(found.header.instance, volume.header.instance);
+            prop_assert_eq!(found.header.time_ms, volume.header.time_ms);
             prop_assert_eq!(encode(&volume), encode(&volume));
         }
 

@@ -680,6 +680,7 @@ mod tests {
                 instance: None,
                 tr_ms: 1500.0,
                 slice_times_ms: None,
+                time_ms: None,
             },
         };
         volume.voxels = Array3::from_shape_fn(volume.voxels.dim(), |(slice, row, column)| {

@@ -108,6 +108,7 @@ mod tests {
                 instance: None,
                 tr_ms: 1500.0,
                 slice_times_ms: None,
+                time_ms: None,
             },
         };
         let places = volume.clone();

@@ -1,9 +1,9 @@
-//! One 3-D image of a run, and the little of its header that the pipeline needs.
+//! One 3-D image of a run or one slice of it, and the little of its header that is needed.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use ndarray::Array3;
+use ndarray::{Array2, Array3};
 
 /// A voxel index to world matrix, `[4][4]`, row-major, millimetres.
 pub type Affine = [[f64; 4]; 4];
@@ -52,6 +52,11 @@ impl PatientTag {
         parts.hash(&mut hasher);
         Self(Some(hasher.finish()))
     }
+
+    /// The tag that another process computed and sent as a number.
+    pub fn from_number(number: u64) -> Self {
+        Self(Some(number))
+    }
 }
 
 impl fmt::Debug for PatientTag {
@@ -76,6 +81,72 @@ pub struct VolumeHeader {
     /// Each slice's time from the start of the volume, `[slice]`, milliseconds;
     /// `None` where the header stores none.
     pub slice_times_ms: Option<Vec<f64>>,
+    /// When its acquisition began by the scanner's clock, milliseconds since midnight; `None` where
+    /// the header does not say.
+    pub time_ms: Option<f64>,
+}
+
+/// What is kept of a slice's header; nothing of it names the patient.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SliceHeader {
+    /// The series this slice belongs to.
+    pub series_uid: SeriesUid,
+    /// Whose it is.
+    pub patient: PatientTag,
+    /// The number of its volume in the run, from 1.
+    pub number: u32,
+    /// Slices of a volume, where the header says so.
+    pub slices: Option<u32>,
+    /// The instance number within the series, where the header has one.
+    pub instance: Option<u32>,
+    /// Repetition time, milliseconds.
+    pub tr_ms: f64,
+    /// When it was acquired by the scanner's clock, milliseconds since midnight.
+    pub time_ms: Option<f64>,
+    /// When it was acquired, milliseconds from a moment that is the same for the whole run.
+    pub taken_ms: Option<f64>,
+    /// Its place among the volume's slices as the scanner counts them, from 0.
+    pub rank: Option<u32>,
+    /// In which order slices are acquired, where only the protocol says so.
+    pub order: Option<SliceOrder>,
+}
+
+/// The order in which a volume's slices are acquired, evenly over the TR.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SliceOrder {
+    /// The first, third, fifth slice and so on before the others; else one after the other.
+    pub interleaved: bool,
+    /// The part of the TR at its end in which nothing is acquired, milliseconds.
+    pub delay_ms: f64,
+}
+
+/// One slice of a volume.
+#[derive(Clone, PartialEq)]
+pub struct Slice {
+    /// `[row, column]`, scanner units.
+    pub pixels: Array2<f32>,
+    /// Where its first pixel lies, LPS, millimetres.
+    pub position_lps: [f64; 3],
+    /// The direction in which columns follow each other, LPS, unit length.
+    pub columns_lps: [f64; 3],
+    /// The direction in which rows follow each other, LPS, unit length.
+    pub rows_lps: [f64; 3],
+    /// Distances between rows and between columns, millimetres.
+    pub pixel_mm: [f64; 2],
+    /// Distance to the next slice as the header states it, millimetres.
+    pub spacing_mm: Option<f64>,
+    /// Where the slice belongs.
+    pub header: SliceHeader,
+}
+
+impl fmt::Debug for Slice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slice")
+            .field("shape", &self.pixels.shape())
+            .field("position_lps", &self.position_lps)
+            .field("header", &self.header)
+            .finish_non_exhaustive()
+    }
 }
 
 /// One 3-D image, one per TR.
@@ -106,6 +177,11 @@ impl fmt::Debug for Volume {
             .field("header", &self.header)
             .finish()
     }
+}
+
+/// The scalar product.
+pub(crate) fn dot(a: [f64; 3], b: [f64; 3]) -> f64 {
+    a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 }
 
 /// The world position, millimetres, of an index under an affine.

@@ -17,6 +17,7 @@ mod message;
 
 pub use frame::{FrameError, MAX_FRAME_BYTES, read, read_bytes, write, write_bytes};
 pub use message::{
-    CaptionMessage, FromAcquire, FromDecode, Hello, PROTOCOL, ParseReply, PictureKind,
-    PictureMessage, RoleName, SessionMessage, Tier, TrialMessage, VolumeMessage,
+    CaptionMessage, FromAcquire, FromDecode, Hello, ImageMessage, PROTOCOL, ParseReply,
+    PictureKind, PictureMessage, RoleName, SessionMessage, SliceMessage, Tier, TrialMessage,
+    VolumeMessage,
 };

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// Changes whenever a message does; processes of different versions refuse each other.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// A role of the appliance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -87,6 +87,10 @@ pub struct Hello {
 pub enum ParseReply {
     /// The file holds this volume.
     Volume(VolumeMessage),
+    /// The file holds this slice of a volume.
+    Slice(SliceMessage),
+    /// The bytes begin a NIfTI image.
+    Image(ImageMessage),
     /// The file is refused; the text carries no header value.
     Refused {
         /// Why.
@@ -111,6 +115,74 @@ pub struct VolumeMessage {
     pub number: u32,
     /// Repetition time, milliseconds.
     pub tr_ms: f64,
+    /// When its acquisition began by the scanner's clock, milliseconds since midnight.
+    pub time_ms: Option<f64>,
+    /// Each slice's time from the start of the volume, `[slice]`, milliseconds.
+    pub slice_times_ms: Option<Vec<f32>>,
+}
+
+/// A slice on its way from the parser.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+pub struct SliceMessage {
+    /// `[row, column]`.
+    pub shape: [u32; 2],
+    /// Row-major, scanner units.
+    pub pixels: Vec<f32>,
+    /// Where its first pixel lies, LPS, millimetres.
+    pub position_lps: [f64; 3],
+    /// The direction in which columns follow each other, LPS.
+    pub columns_lps: [f64; 3],
+    /// The direction in which rows follow each other, LPS.
+    pub rows_lps: [f64; 3],
+    /// Distances between rows and between columns, millimetres.
+    pub pixel_mm: [f64; 2],
+    /// Distance to the next slice as the header states it, millimetres.
+    pub spacing_mm: Option<f64>,
+    /// Hash of the series' UID; the UID itself stays in the parser.
+    pub series: [u8; 16],
+    /// Hash of the header's patient module: for comparing, never for showing.
+    pub patient: u64,
+    /// Number of its volume in the run, from 1.
+    pub number: u32,
+    /// Slices of a volume, where the header says so.
+    pub slices: Option<u32>,
+    /// Instance number, where the header has one.
+    pub instance: Option<u32>,
+    /// Repetition time, milliseconds.
+    pub tr_ms: f64,
+    /// When it was acquired by the scanner's clock, milliseconds since midnight.
+    pub time_ms: Option<f64>,
+    /// When it was acquired, milliseconds from a moment that is the same for the whole run.
+    pub taken_ms: Option<f64>,
+    /// Its place among the volume's slices as the scanner counts them, from 0.
+    pub rank: Option<u32>,
+    /// The order of acquisition by the protocol: whether interleaved, and the pause after a volume,
+    /// milliseconds.
+    pub order: Option<(bool, f64)>,
+}
+
+impl fmt::Debug for SliceMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SliceMessage")
+            .field("shape", &self.shape)
+            .field("number", &self.number)
+            .field("tr_ms", &self.tr_ms)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A NIfTI image as far as its bytes go.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageMessage {
+    /// Volumes that the header states.
+    pub volumes: u64,
+    /// Where the first value stands in the file, not packed.
+    pub start: u64,
+    /// Bytes of one volume.
+    pub volume_bytes: u64,
+    /// The first volume, where the bytes hold it whole: of no series, with number 0 and, where the
+    /// header has none, a TR of 0.
+    pub volume: Option<VolumeMessage>,
 }
 
 impl fmt::Debug for VolumeMessage {

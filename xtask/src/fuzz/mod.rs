@@ -22,6 +22,8 @@ pub(crate) const TARGETS: &[&str] = &[
     "vocabulary",
     "pool",
     "trigger_bytes",
+    "dicom",
+    "nifti",
 ];
 
 /// Resident memory of a target, the sanitizer's own (about 100 MiB) included.

@@ -3,6 +3,10 @@
 use std::fs;
 use std::path::Path;
 
+use ndarray::Array3;
+use rtfmri::slices::SliceVendor;
+use rtfmri::{PatientTag, Volume, VolumeHeader, enhanced, mosaic, nifti, slices};
+
 use super::{FuzzError, write};
 use crate::synth::container::Container;
 use crate::synth::pickle::{Value, pickle};
@@ -49,6 +53,8 @@ fn seeds(target: &str) -> Vec<(&'static str, Vec<u8>)> {
                 b"\xb0\xb0\xff\x0a\x01k\x04\0\x21k\0\xb0\x01k\0\0\0\0\0\0\0k\xc8\xb0\0".to_vec(),
             ),
         ],
+        "dicom" => dicom(),
+        "nifti" => nifti(),
         _ => Vec::new(),
     }
 }
@@ -170,4 +176,62 @@ fn pool() -> Vec<u8> {
     bytes.resize(12_288, 0);
     bytes.extend_from_slice(&[0x3c; 16]);
     bytes
+}
+
+/// One volume of 3 slices with slice times.
+fn volume() -> Volume {
+    Volume {
+        voxels: Array3::from_elem((3, 4, 5), 7.0),
+        affine_lps: [
+            [3.0, 0.0, 0.0, -7.0],
+            [0.0, 3.0, 0.0, -5.0],
+            [0.0, 0.0, 4.0, 1.0],
+            [0.0, 0.0, 0.0, 1.0],
+        ],
+        header: VolumeHeader {
+            series_uid: mosaic::series_uid(1),
+            patient: PatientTag::default(),
+            acquisition: 2,
+            instance: Some(2),
+            tr_ms: 900.0,
+            slice_times_ms: Some(vec![0.0, 600.0, 300.0]),
+            time_ms: Some(36_000_000.0),
+        },
+    }
+}
+
+/// A file of each kind that is read.
+fn dicom() -> Vec<(&'static str, Vec<u8>)> {
+    let volume = volume();
+    let mut seeds = Vec::new();
+    seeds.extend(mosaic::encode(&volume).map(|bytes| ("mosaic", bytes)));
+    seeds.extend(enhanced::encode(&volume).map(|bytes| ("enhanced", bytes)));
+    for (name, vendor) in [("ge", SliceVendor::Ge), ("philips", SliceVendor::Philips)] {
+        let files = slices::encode(&volume, vendor).unwrap_or_default();
+        seeds.extend(files.into_iter().take(1).map(|bytes| (name, bytes)));
+    }
+    seeds
+}
+
+/// Packed, and the header alone of the plain form.
+fn nifti() -> Vec<(&'static str, Vec<u8>)> {
+    let affine = [
+        [3.0, 0.0, 0.0, -7.0],
+        [0.0, 3.0, 0.0, -5.0],
+        [0.0, 0.0, 4.0, 1.0],
+        [0.0, 0.0, 0.0, 1.0],
+    ];
+    let packed = nifti::write(&Array3::from_elem((3, 4, 5), 1), &affine);
+    let mut plain = vec![0; 352 + 2];
+    plain[..4].copy_from_slice(&348_i32.to_le_bytes());
+    for (at, value) in [(40, 3_i16), (42, 2), (44, 1), (46, 1), (70, 2), (254, 1)] {
+        plain[at..at + 2].copy_from_slice(&value.to_le_bytes());
+    }
+    for at in [280, 300, 320] {
+        plain[at..at + 4].copy_from_slice(&2_f32.to_le_bytes());
+    }
+    plain[344..348].copy_from_slice(b"n+1\0");
+    let mut seeds = vec![("plain", plain)];
+    seeds.extend(packed.map(|bytes| ("packed", bytes)));
+    seeds
 }

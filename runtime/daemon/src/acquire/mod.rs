@@ -10,11 +10,13 @@
 //! room: files stay in the folder and are found again, and who sends objects is told to send them
 //! again. Nothing waits for a listener.
 
-mod parser;
+mod images;
+pub(crate) mod parser;
 mod plan;
 mod quarantine;
 mod receive;
 pub(crate) mod run;
+mod slices;
 mod sources;
 mod watch;
 
@@ -35,6 +37,7 @@ use wire::{FromAcquire, ParseReply, SessionMessage, Tier, TrialMessage, VolumeMe
 use self::quarantine::Quarantine;
 pub(crate) use self::run::TierPlan;
 use self::run::{Hops, Plan, Run, Taken};
+use self::slices::Slices;
 use self::sources::{Event, READ_AHEAD, ReadFile, spawn_readers};
 use self::watch::Found;
 use crate::link::{Keep, Publisher, trial_key};
@@ -130,6 +133,7 @@ struct Acquire {
     trigger: Trigger,
     /// The clock of each run that has had a volume.
     timelines: BTreeMap<[u8; 16], Timeline>,
+    slices: Slices,
     faults: u64,
     hops: Hops,
 }
@@ -166,6 +170,7 @@ impl Acquire {
             put_aside: BTreeMap::new(),
             trigger,
             timelines: BTreeMap::new(),
+            slices: Slices::default(),
             faults: 0,
             hops: Hops::default(),
         };
@@ -245,6 +250,16 @@ impl Acquire {
         let settled = read.can_be_given_up();
         match read.reply {
             Ok(ParseReply::Volume(volume)) => self.volume(volume, &read.file, read.arrived_ms),
+            Ok(ParseReply::Slice(slice)) => match self.slices.add(slice) {
+                Ok(None) => {}
+                Ok(Some(volume)) => {
+                    let file = slices::of_volume(&read.file, &volume);
+                    self.volume(volume, &file, read.arrived_ms);
+                }
+                Err(reason) => self.fault(reason),
+            },
+            // Told as volumes by the reader.
+            Ok(ParseReply::Image(_)) => {}
             Ok(ParseReply::Refused { reason }) | Err(reason) => {
                 self.put_aside(&read.file, &read.bytes, &reason);
             }
@@ -526,7 +541,7 @@ impl Acquire {
     }
 
     fn finish(&mut self) {
-        let mut ended = Vec::new();
+        let mut ended = self.slices.incomplete();
         for run in self.runs.values_mut() {
             ended.extend(run.left_at_stop());
             run.write_arrays();

@@ -1,4 +1,6 @@
 //! The parser child: one scanner file at a time, in a process that may die.
+//!
+//! A spare one waits beside it: where a file kills its parser, the next file is not late.
 
 use std::io::{self, BufReader};
 use std::os::unix::process::CommandExt;
@@ -26,11 +28,12 @@ pub(crate) enum ParserError {
     },
 }
 
-/// A parser process; started when it is needed and again when it died.
+/// A parser process, and the one that takes its place when it dies.
 pub(crate) struct Parser {
     timeout: Duration,
     memory_bytes: u64,
     child: Option<Running>,
+    spare: Option<Running>,
 }
 
 struct Running {
@@ -48,7 +51,7 @@ impl Drop for Running {
 }
 
 impl Parser {
-    /// A parser that is not started yet.
+    /// A parser; its first processes are started here where they can be, else with the first file.
     ///
     /// - `timeout`: longest time for one file.
     /// - `memory_bytes`: address space of the child.
@@ -56,7 +59,8 @@ impl Parser {
         Parser {
             timeout,
             memory_bytes,
-            child: None,
+            child: start(memory_bytes).ok(),
+            spare: start(memory_bytes).ok(),
         }
     }
 
@@ -68,15 +72,30 @@ impl Parser {
     /// # Errors
     /// [`ParserError`] where the child cannot answer; the next file gets a new child.
     pub(crate) fn parse(&mut self, bytes: &[u8]) -> Result<ParseReply, ParserError> {
+        let answer = self.parse_once_or_twice(bytes);
+        if self.child.is_none() {
+            self.child = self.spare.take();
+        }
+        if self.spare.is_none() {
+            // Where it cannot be started now, the next file tries.
+            self.spare = start(self.memory_bytes).ok();
+        }
+        answer
+    }
+
+    fn parse_once_or_twice(&mut self, bytes: &[u8]) -> Result<ParseReply, ParserError> {
         if let Some(served) = self.child.take() {
             match self.ask(served, bytes) {
                 Err(ParserError::Died) => {
-                    tracing::warn!("the parser is gone, another one is started")
+                    tracing::warn!("the parser is gone, another one takes over")
                 }
                 answer => return answer,
             }
         }
-        let fresh = start(self.memory_bytes).map_err(ParserError::Start)?;
+        let fresh = match self.spare.take() {
+            Some(spare) => spare,
+            None => start(self.memory_bytes).map_err(ParserError::Start)?,
+        };
         self.ask(fresh, bytes)
     }
 
@@ -103,6 +122,9 @@ fn start(memory_bytes: u64) -> io::Result<Running> {
         .arg0("afterimage")
         .args(["role", "parse", "--memory-bytes", &memory_bytes.to_string()])
         .env_clear()
+        // The C library looks at a file before it gives memory of further arenas back, which the
+        // sandbox forbids.
+        .env("MALLOC_ARENA_MAX", "1")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         // A library's panic message may quote the header.

@@ -15,6 +15,7 @@ use std::thread;
 use wire::ParseReply;
 
 use super::TICK;
+use super::images::{self, Images};
 use super::parser::{Parser, ParserError};
 use super::plan::read_bounded;
 use super::receive::{self, Limits, StartError};
@@ -121,13 +122,29 @@ pub(super) fn spawn_readers(
         .map_err(thread_error)?;
 
     let (parsed, reading) = (sender.clone(), Arc::clone(stop));
-    let limit = settings.max_file_bytes;
+    let (limit, tr_ms) = (settings.max_file_bytes, settings.tr_ms);
     let mut parser = Parser::new(settings.parse_timeout, settings.parse_memory_bytes);
     thread::Builder::new()
         .name("read".into())
         .spawn(move || {
+            let mut images = Images::new(tr_ms);
             for file in found {
                 let arrived_ms = arrival(&file);
+                if images::is_image(&file.path) {
+                    let listening = images.read(&file, limit, &mut parser, &mut |file, reply| {
+                        let read = ReadFile {
+                            file,
+                            arrived_ms,
+                            reply,
+                            bytes: Vec::new(),
+                        };
+                        parsed.send(Event::Read(Box::new(read))).is_ok()
+                    });
+                    if listening {
+                        continue;
+                    }
+                    return;
+                }
                 let (reply, bytes) = read_file(&file, limit, &mut parser, &reading);
                 let read = ReadFile {
                     file,
@@ -181,7 +198,15 @@ fn read_file(
     for _ in 0..TRIES {
         match read_bounded(&file.path, limit) {
             Ok(bytes) => match parser.parse(&bytes) {
-                Ok(reply @ ParseReply::Volume(_)) => return (Ok(reply), Vec::new()),
+                Ok(reply @ (ParseReply::Volume(_) | ParseReply::Slice(_))) => {
+                    return (Ok(reply), Vec::new());
+                }
+                // An image under another name than an image's: nothing tells its number.
+                Ok(ParseReply::Image(_)) => {
+                    let reason =
+                        "it is a NIfTI image, expected a name that ends in .nii or .nii.gz";
+                    return (Err(reason.into()), bytes);
+                }
                 Ok(refused @ ParseReply::Refused { .. }) => return (Ok(refused), bytes),
                 // The box is short of something; the file is not to blame.
                 Err(error @ ParserError::Start(_)) => last = chain(&error),

@@ -12,6 +12,10 @@ use crate::pipeline::AlignedVolume;
 
 /// One entry of a run's log. New kinds are added at the end: a kind's number is its place.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the large one is first in a run and there once"
+)]
 pub(crate) enum RunEntry {
     /// The run began with this volume as its reference; always first.
     Began(Began),

@@ -178,6 +178,7 @@ impl Base {
                     instance: None,
                     tr_ms: 0.0,
                     slice_times_ms: None,
+                    time_ms: None,
                 },
             },
         }

@@ -125,6 +125,7 @@ impl Scanner {
                 tr_ms: self.subject.tr_s * 1e3,
                 // All slices are simulated at the volume's start.
                 slice_times_ms: Some(vec![0.0; slices]),
+                time_ms: None,
                 ..self.subject.base.volume.header.clone()
             },
         })

@@ -179,6 +179,7 @@ mod tests {
                 instance: Some(2),
                 tr_ms: 1500.0,
                 slice_times_ms: Some(vec![0.0; 4]),
+                time_ms: None,
             },
         };
         mosaic::encode(&volume).unwrap()
@@ -202,8 +203,8 @@ mod tests {
         let plain = file();
         let stamped = stamp().put(&plain).unwrap();
         let (before, after) = (
-            dicom::decode(&plain).unwrap(),
-            dicom::decode(&stamped).unwrap(),
+            dicom::decode_volume(&plain).unwrap(),
+            dicom::decode_volume(&stamped).unwrap(),
         );
         assert_eq!(before.voxels, after.voxels);
         assert_eq!(before.affine_lps, after.affine_lps);

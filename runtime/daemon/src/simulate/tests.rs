@@ -45,7 +45,7 @@ fn decoded(session: &mut Session) -> Vec<Volume> {
     let files = files(session);
     files
         .iter()
-        .map(|file| dicom::decode(file).unwrap())
+        .map(|file| dicom::decode_volume(file).unwrap())
         .collect()
 }
 

@@ -225,6 +225,7 @@ mod tests {
                 instance: None,
                 tr_ms: 1500.0,
                 slice_times_ms: None,
+                time_ms: None,
             },
         };
         let back = motion.homogeneous().try_inverse().unwrap();

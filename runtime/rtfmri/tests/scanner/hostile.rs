@@ -11,11 +11,17 @@
 //!   affine differ from the run's, which is asserted.
 
 use std::panic::catch_unwind;
+use std::time::{Duration, Instant};
 
+use rtfmri::dicom::decode_volume;
 use rtfmri::dicom::{self, DicomError};
 use rtfmri::{Mask, MaskError, Volume};
 
-use crate::{json, read, scanner, unpack};
+use crate::{folder, json, read, scanner, unpack};
+
+/// No file of at most 1 MiB may take longer, on a machine that does nothing else; tests run beside
+/// each other.
+const LONGEST: Duration = Duration::from_millis(400);
 
 #[test]
 fn every_hostile_file_gets_its_expected_outcome() {
@@ -24,13 +30,24 @@ fn every_hostile_file_gets_its_expected_outcome() {
     let files = unpack(data.join("dicom/hostile/hostile.tar.zst"));
     let source = manifest["source_of_mosaic"].as_str().unwrap();
     let truth = read(data.join("dicom/siemens_e11_mosaic_run").join(source));
-    let truth = dicom::decode(&truth).unwrap();
+    let mosaic = decode_volume(&truth).unwrap();
+    let enhanced = data.join("dicom/siemens_xa30_enhanced_run");
+    let enhanced: Vec<Volume> = folder(enhanced)
+        .iter()
+        .map(|(_, bytes)| decode_volume(bytes).unwrap())
+        .collect();
     let entries = manifest["files"].as_array().unwrap();
     assert_eq!(entries.len(), files.len());
     for entry in entries {
         let name = entry["file"].as_str().unwrap();
         let (_, bytes) = files.iter().find(|file| file.0 == name).unwrap();
-        let outcome = catch_unwind(|| dicom::decode(bytes));
+        let started = Instant::now();
+        let outcome = catch_unwind(|| decode_volume(bytes));
+        assert!(
+            started.elapsed() < LONGEST,
+            "{name}: {:?}",
+            started.elapsed()
+        );
         let outcome = outcome.unwrap_or_else(|_| panic!("{name}: the decoder panicked"));
         let said = match &outcome {
             Ok(volume) => format!("{volume:?}"),
@@ -39,9 +56,13 @@ fn every_hostile_file_gets_its_expected_outcome() {
         assert!(!said.contains("ZZ"), "{name} leaks: {said}");
         match (entry["expect"].as_str().unwrap(), &outcome) {
             (_, Err(_)) => {}
-            ("no_crash", Ok(volume)) => assert!(volume.voxels == truth.voxels, "{name}: {said}"),
+            ("no_crash", Ok(volume)) => {
+                let mut true_ones = enhanced.iter().chain([&mosaic]);
+                let true_voxels = true_ones.any(|truth| truth.voxels == volume.voxels);
+                assert!(true_voxels, "{name}: {said}");
+            }
             ("reject_or_ignore", Ok(volume)) => {
-                assert!(is_foreign(volume, &truth), "{name}: {said}");
+                assert!(is_foreign(volume, &mosaic), "{name}: {said}");
             }
             (expected, Ok(_)) => panic!("{name}: expected {expected}, decoded {said}"),
         }
@@ -64,7 +85,7 @@ fn a_mask_refuses_a_volume_whose_geometry_changed() {
         .iter()
         .find(|file| file.0 == "geometry_change.dcm")
         .unwrap();
-    let Ok(volume) = dicom::decode(bytes) else {
+    let Ok(volume) = decode_volume(bytes) else {
         return;
     };
     let expected = data.join("dicom/expected/siemens_e11_mosaic_run");
@@ -73,10 +94,20 @@ fn a_mask_refuses_a_volume_whose_geometry_changed() {
 }
 
 #[test]
-fn any_cut_of_a_real_mosaic_is_refused() {
+fn any_cut_of_a_real_file_is_refused() {
     let Some(data) = scanner() else { return };
-    let series = data.join("dicom/siemens_e11_mosaic_run");
-    let whole = read(series.join("001_000013_000001.dcm"));
+    let files = [
+        "siemens_e11_mosaic_run/001_000013_000001.dcm",
+        "siemens_xa30_enhanced_run/xa30_0002.dcm",
+        "ge_ascending_triggertime/0001_t187.dcm",
+        "philips_classic_epi/201_EPI_asc_CLEAR_0002_05.dcm",
+    ];
+    for file in files {
+        any_cut_is_refused(&read(data.join("dicom").join(file)));
+    }
+}
+
+fn any_cut_is_refused(whole: &[u8]) {
     for end in (0..whole.len()).step_by(997).chain([whole.len() - 1]) {
         assert!(dicom::decode(&whole[..end]).is_err(), "cut at {end}");
     }

@@ -6,8 +6,8 @@
 
 mod glm;
 mod hostile;
-mod mosaics;
 mod motion;
+mod series;
 mod session;
 
 use std::io::Read;

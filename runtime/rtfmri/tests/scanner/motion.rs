@@ -82,6 +82,7 @@ fn volumes(packed: &[u8], truth: &Value) -> Vec<Volume> {
             instance: None,
             tr_ms: 1500.0,
             slice_times_ms: None,
+            time_ms: None,
         },
     };
     (1..)

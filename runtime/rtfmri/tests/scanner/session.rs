@@ -20,7 +20,7 @@ fn volumes(dir: &Path) -> Vec<Volume> {
         .iter()
         .flat_map(|part| unpack(dir.join(part)))
         .map(|(name, bytes)| {
-            dicom::decode(&bytes).unwrap_or_else(|error| panic!("{name}: {error}"))
+            dicom::decode_volume(&bytes).unwrap_or_else(|error| panic!("{name}: {error}"))
         })
         .collect();
     volumes.sort_by_key(|volume| volume.header.acquisition);
