@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 use rtfmri::Volume;
+use rtfmri::enhanced;
 use rtfmri::mosaic::{self, MosaicError};
 use rtfmri::volume::Affine;
 
@@ -18,6 +19,8 @@ pub(super) const NIFTI_VOLUMES_AT: u64 = 48;
 pub(super) enum Format {
     /// One DICOM file per volume, Siemens mosaic (VB to VE)
     Mosaic,
+    /// One DICOM file per volume, enhanced multi-frame (Siemens XA)
+    Xa,
     /// One NIfTI file per volume
     Nifti,
     /// One NIfTI file per series that grows by a volume at a time
@@ -28,7 +31,7 @@ impl Format {
     /// Ending of a file's name.
     pub(super) fn ending(self) -> &'static str {
         match self {
-            Format::Mosaic => "dcm",
+            Format::Mosaic | Format::Xa => "dcm",
             Format::Nifti | Format::Nifti4d => "nii",
         }
     }
@@ -36,7 +39,7 @@ impl Format {
     /// It has a header with times, and can be sent by C-STORE.
     pub(super) fn is_dicom(self) -> bool {
         match self {
-            Format::Mosaic => true,
+            Format::Mosaic | Format::Xa => true,
             Format::Nifti | Format::Nifti4d => false,
         }
     }
@@ -45,7 +48,7 @@ impl Format {
 /// Why a volume has no file.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum EncodeError {
-    /// The mosaic.
+    /// The mosaic, or the enhanced file.
     #[error(transparent)]
     Mosaic(#[from] MosaicError),
     /// The header's times.
@@ -64,6 +67,7 @@ pub(super) fn encode(
 ) -> Result<Vec<u8>, EncodeError> {
     match format {
         Format::Mosaic => Ok(stamp.put(&mosaic::encode(volume)?)?),
+        Format::Xa => Ok(stamp.put(&enhanced::encode(volume)?)?),
         Format::Nifti => nifti(volume, 3),
         Format::Nifti4d => nifti(volume, 4),
     }

@@ -434,7 +434,7 @@ impl Session {
                 fs::read(file).map_err(io(file))?
             }
             Source::Scanner(scanner) => {
-                let volume = scanner.volume(delivery)?;
+                let mut volume = scanner.volume(delivery)?;
                 let series = &self.timeline.series[delivery.series];
                 let tr_s = self.truth.tr_s;
                 let start_s = series.first_s + count(delivery.volume - 1) * tr_s;
@@ -450,6 +450,7 @@ impl Session {
                     },
                     patient: self.patient.clone(),
                 };
+                volume.header.time_ms = Some(stamp.time_ms());
                 encode(self.format, &volume, &stamp).map_err(|source| SimulateError::Encode {
                     series: delivery.series + 1,
                     volume: delivery.volume,

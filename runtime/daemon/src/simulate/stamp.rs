@@ -2,7 +2,7 @@
 //!
 //! They are put into an explicit little-endian file at their places, over whatever stood there.
 
-use chrono::NaiveDateTime;
+use chrono::{NaiveDateTime, Timelike};
 
 /// Why a file cannot be stamped: it is none of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -36,6 +36,12 @@ struct Element {
 }
 
 impl Stamp {
+    /// When the volume began, milliseconds since midnight.
+    pub(super) fn time_ms(&self) -> f64 {
+        let time = self.acquired.time();
+        f64::from(time.num_seconds_from_midnight()) * 1e3 + f64::from(time.nanosecond()) / 1e6
+    }
+
     /// By tag.
     fn elements(&self) -> Vec<Element> {
         let date = |time: &NaiveDateTime| time.format("%Y%m%d").to_string();

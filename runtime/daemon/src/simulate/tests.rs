@@ -269,3 +269,28 @@ fn headers_tell_the_simulated_time_and_nobodys_name() {
     let file = &self::files(&mut Session::of(&arguments(&named)).unwrap())[0];
     assert!(holds(file, "SIMULATED^NOBODY"));
 }
+
+#[test]
+fn enhanced_files_hold_the_same_volumes_as_mosaics() {
+    let run = |format: &str| {
+        let words: Vec<&str> = SMALL.iter().copied().chain(["--format", format]).collect();
+        decoded(&mut Session::of(&arguments(&words)).unwrap())
+    };
+    for (mosaic, xa) in run("mosaic").iter().zip(run("xa")) {
+        assert_eq!(mosaic.voxels, xa.voxels);
+        assert_eq!(mosaic.header.series_uid, xa.header.series_uid);
+        assert_eq!(mosaic.header.acquisition, xa.header.acquisition);
+        let (Some(a), Some(b)) = (mosaic.header.time_ms, xa.header.time_ms) else {
+            panic!("a header says no time");
+        };
+        assert!((a - b).abs() < 0.01, "{a} and {b}");
+        for (a, b) in mosaic
+            .affine_lps
+            .iter()
+            .flatten()
+            .zip(xa.affine_lps.iter().flatten())
+        {
+            assert!((a - b).abs() < 1e-3, "{a} and {b}");
+        }
+    }
+}
