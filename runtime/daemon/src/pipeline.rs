@@ -15,14 +15,17 @@ use ndarray::{Array1, Array2, Array3, ArrayView2};
 use rtfmri::dicom::{self, DicomError, Image};
 use rtfmri::events::Event;
 use rtfmri::glm::{Design, GlmError, GlmSettings, TrialFit};
+use rtfmri::interpolation::{Interpolation, InterpolationError};
 use rtfmri::nifti::{self, NiftiError};
+use rtfmri::timing::How;
+use rtfmri::volume::Affine;
 use rtfmri::{
     Mask, MaskError, MotionError, PatientTag, Realigner, Rigid, SeriesUid, Slice, SliceHeader,
     SliceOrder, Volume, VolumeHeader,
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use wire::{ImageMessage, ParseReply, SliceMessage, TrialMessage, VolumeMessage};
+use wire::{ImageMessage, ParseReply, SliceMessage, TrialMessage, VolumeMessage, VolumeQuality};
 
 /// Why a file's bytes are not read.
 #[derive(Debug, thiserror::Error)]
@@ -208,10 +211,45 @@ pub(crate) struct AlignedVolume {
     pub(crate) motion: [f64; 6],
     /// `[voxel]`, scanner units.
     pub(crate) voxels: Vec<f32>,
+    /// When its acquisition began, as well as that was known when it came.
+    pub(crate) start: VolumeStart,
+    /// What it shows.
+    pub(crate) quality: VolumeQuality,
+    /// It came after a later one, or after the run was taken to be over.
+    pub(crate) late: bool,
     /// When its file arrived, Unix milliseconds.
     pub(crate) arrived_ms: u64,
     /// Hash of the file's name, so that a restart does not read it again.
     pub(crate) file: [u8; 16],
+}
+
+/// When a volume's acquisition began.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct VolumeStart {
+    /// Unix milliseconds.
+    pub(crate) at_ms: f64,
+    /// How it is known.
+    pub(crate) known: StartKnown,
+}
+
+/// See `rtfmri::timing::How`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum StartKnown {
+    Pulse,
+    Bridged,
+    Header,
+    Arrival,
+}
+
+impl From<How> for StartKnown {
+    fn from(how: How) -> StartKnown {
+        match how {
+            How::Pulse => StartKnown::Pulse,
+            How::Bridged => StartKnown::Bridged,
+            How::Header => StartKnown::Header,
+            How::Arrival => StartKnown::Arrival,
+        }
+    }
 }
 
 /// Why a volume has no place in its run.
@@ -223,10 +261,16 @@ pub(crate) enum AlignError {
     /// The head cannot be found in it.
     #[error("the volume cannot be realigned")]
     Motion(#[from] MotionError),
+    /// It has no values between its voxels.
+    #[error("the volume cannot be sampled")]
+    Interpolation(#[from] InterpolationError),
 }
 
-/// Volume → its masked voxels, realigned to the run's reference.
+/// Volume → its masked voxels, realigned to the run's reference and, where the mask lies in the
+/// trained space, through the registration: one interpolation, at the mask's voxels alone.
 ///
+/// - `registration`: from a place of the trained space to that of the run's reference, LPS,
+///   millimetres; without it mask and volume have one grid.
 /// - `previous`: where the head was in the volume before, to start from.
 ///
 /// Returns the head's motion and `[voxel]`, scanner units.
@@ -237,11 +281,26 @@ pub(crate) fn align(
     volume: &Volume,
     mask: &Mask,
     realigner: &Realigner,
+    registration: Option<&Affine>,
     previous: &Rigid,
 ) -> Result<(Rigid, Array1<f32>), AlignError> {
     let motion = realigner.realign(volume, previous)?;
-    let voxels = mask.sample_moved(volume, &motion)?;
-    Ok((motion, voxels))
+    let map = match registration {
+        Some(registration) => after(&motion.matrix_lps(), registration),
+        None => {
+            mask.check_grid(volume)?;
+            motion.matrix_lps()
+        }
+    };
+    let image = Interpolation::new(volume)?;
+    Ok((motion, mask.sample_through(&image, &map)))
+}
+
+/// The map that first takes `first` and then `second`.
+fn after(second: &Affine, first: &Affine) -> Affine {
+    std::array::from_fn(|row| {
+        std::array::from_fn(|column| (0..4).map(|k| second[row][k] * first[k][column]).sum())
+    })
 }
 
 /// Aligned volumes so far → one trial's betas and their variance, `[voxel]`, scanner units.

@@ -12,6 +12,7 @@ use std::time::Duration;
 use config::{Config, Environment, File, FileFormat};
 use decoder::Fidelity;
 use rtfmri::glm::{Hrf, Noise};
+use rtfmri::registration::Freedom;
 use serde::Deserialize;
 use wire::Tier;
 
@@ -175,6 +176,15 @@ enum RawNoise {
 struct RawSubject {
     id: String,
     mask: Option<PathBuf>,
+    reference: Option<PathBuf>,
+    registration: RawFreedom,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawFreedom {
+    Rigid,
+    Affine,
 }
 
 #[derive(Deserialize)]
@@ -263,6 +273,10 @@ pub(crate) struct Settings {
     pub(crate) subject: String,
     /// The mask, where the bundle does not carry it.
     pub(crate) mask: Option<PathBuf>,
+    /// The volume that mask and model were made on, where runs are registered to it.
+    pub(crate) reference: Option<PathBuf>,
+    /// What may differ between it and a run.
+    pub(crate) registration: Freedom,
     /// The bundle's folder.
     pub(crate) bundle: PathBuf,
     /// The key that must have signed it.
@@ -365,6 +379,10 @@ impl RawSettings {
             .subject
             .mask
             .map(|mask| present("subject.mask", base.join(mask), Kind::File));
+        let reference = self
+            .subject
+            .reference
+            .map(|reference| present("subject.reference", base.join(reference), Kind::File));
         let onnxruntime = self
             .model
             .onnxruntime
@@ -471,6 +489,11 @@ impl RawSettings {
             max_missing_share: self.task.max_missing_share,
             subject: self.subject.id,
             mask: mask.transpose()?,
+            reference: reference.transpose()?,
+            registration: match self.subject.registration {
+                RawFreedom::Rigid => Freedom::Rigid,
+                RawFreedom::Affine => Freedom::Affine,
+            },
             bundle,
             key,
             fidelity: self.model.fidelity,

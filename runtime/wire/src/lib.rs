@@ -19,5 +19,5 @@ pub use frame::{FrameError, MAX_FRAME_BYTES, read, read_bytes, write, write_byte
 pub use message::{
     CaptionMessage, FromAcquire, FromDecode, Hello, ImageMessage, PROTOCOL, ParseReply,
     PictureKind, PictureMessage, RoleName, SessionMessage, SliceMessage, Tier, TrialMessage,
-    VolumeMessage,
+    VolumeMessage, VolumeQuality,
 };

@@ -217,6 +217,8 @@ pub enum FromAcquire {
         volume: u32,
         /// From the file's arrival to its masked voxels, milliseconds.
         took_ms: f64,
+        /// What it shows.
+        quality: VolumeQuality,
     },
     /// A trial's response is estimated.
     Trial(TrialMessage),
@@ -225,6 +227,29 @@ pub enum FromAcquire {
         /// The sentence.
         text: String,
     },
+}
+
+/// How good a volume is; changes are since the volume taken before it, `None` where there is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct VolumeQuality {
+    /// Root mean square displacement of the head from the run's reference, millimetres.
+    pub displacement_mm: f32,
+    /// Framewise displacement (Power et al.), millimetres.
+    pub fd_power_mm: Option<f32>,
+    /// Framewise displacement (Jenkinson et al.), millimetres.
+    pub fd_jenkinson_mm: Option<f32>,
+    /// Slow displacement since the run began, millimetres.
+    pub drift_mm: f32,
+    /// Root mean square change of the mask's voxels, scanner units.
+    pub dvars: Option<f32>,
+    /// The same over its running median.
+    pub dvars_standardised: Option<f32>,
+    /// Median over the mask's voxels of mean over standard deviation so far.
+    pub tsnr: Option<f32>,
+    /// The head moved, or the signal changed, too far at once.
+    pub spike: bool,
+    /// The head has slowly gone too far.
+    pub drifting: bool,
 }
 
 /// The session that everything belongs to.

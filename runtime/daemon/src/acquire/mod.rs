@@ -31,12 +31,12 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{Flock, FlockArg};
 use rtfmri::Mask;
 use rtfmri::glm::GlmSettings;
-use rtfmri::timing::{Arrival, Timeline};
+use rtfmri::timing::{Timeline, TimingFault};
 use wire::{FromAcquire, ParseReply, SessionMessage, Tier, TrialMessage, VolumeMessage};
 
 use self::quarantine::Quarantine;
 pub(crate) use self::run::TierPlan;
-use self::run::{Hops, Plan, Run, Taken};
+use self::run::{Came, Hops, Plan, Run, Taken};
 use self::slices::Slices;
 use self::sources::{Event, READ_AHEAD, ReadFile, spawn_readers};
 use self::watch::Found;
@@ -58,6 +58,9 @@ const LOCK_WITHIN: Duration = Duration::from_secs(10);
 const MAX_RUNS: usize = 32;
 /// Files that are refused for one reason and named each; later ones are counted.
 const MAX_NAMED: u64 = 12;
+/// Volumes that come as slices and are not whole yet, as many as a whole run whose export goes slice by
+/// slice.
+const MAX_OPEN_VOLUMES: usize = 2048;
 /// Reasons that are told apart when files are counted.
 const MAX_REASONS: usize = 64;
 
@@ -117,6 +120,15 @@ fn lock(settings: &Settings) -> Result<Flock<File>, RoleError> {
     }
 }
 
+/// The clock of a run whose first volume this is.
+fn timeline(trigger: &Trigger, first: &VolumeMessage, known: Option<(u32, f64)>) -> Timeline {
+    let slice_times: Option<Vec<f64>> = first
+        .slice_times_ms
+        .as_ref()
+        .map(|times| times.iter().map(|&time| f64::from(time)).collect());
+    trigger.timeline(first.tr_ms, slice_times.as_deref(), known)
+}
+
 /// The role's state.
 struct Acquire {
     settings: Settings,
@@ -132,7 +144,8 @@ struct Acquire {
     put_aside: BTreeMap<String, u64>,
     trigger: Trigger,
     /// The clock of each run that has had a volume.
-    timelines: BTreeMap<[u8; 16], Timeline>,
+    /// Files of slices whose volume is not complete, by series and volume.
+    slice_files: BTreeMap<([u8; 16], u32), Vec<Found>>,
     slices: Slices,
     faults: u64,
     hops: Hops,
@@ -152,6 +165,7 @@ impl Acquire {
         };
         let plan = Plan {
             mask,
+            trained: plan::load_trained(settings)?,
             events: Vec::new(),
             model: StoredModel::of(&glm, settings.tiers),
             tr_ms: settings.tr_ms,
@@ -169,10 +183,13 @@ impl Acquire {
             refused_series: BTreeSet::new(),
             put_aside: BTreeMap::new(),
             trigger,
-            timelines: BTreeMap::new(),
+            slice_files: BTreeMap::new(),
             slices: Slices::default(),
             faults: 0,
-            hops: Hops::default(),
+            hops: Hops {
+                has_line: settings.trigger.is_some(),
+                ..Hops::default()
+            },
         };
         acquire.write_down(&SessionEntry::Opened {
             software: env!("CARGO_PKG_VERSION").into(),
@@ -194,7 +211,8 @@ impl Acquire {
         for index in self.session.runs()? {
             let dir = self.session.run_dir(index)?;
             let plan = self.plan_of_run(index);
-            match Run::resume(index, dir, plan) {
+            let clock = |first: &VolumeMessage, known| timeline(&self.trigger, first, known);
+            match Run::resume(index, dir, plan, clock) {
                 Ok(Some(run)) => {
                     let volumes = run.state().places().len();
                     tracing::info!(run = index, volumes, "run taken up again");
@@ -247,17 +265,27 @@ impl Acquire {
 
     /// Takes what became of a file; afterwards it is on record, or said, and its place is given up.
     fn read(&mut self, read: ReadFile) {
-        let settled = read.can_be_given_up();
+        let mut settled = read.can_be_given_up();
         match read.reply {
             Ok(ParseReply::Volume(volume)) => self.volume(volume, &read.file, read.arrived_ms),
-            Ok(ParseReply::Slice(slice)) => match self.slices.add(slice) {
-                Ok(None) => {}
-                Ok(Some(volume)) => {
-                    let file = slices::of_volume(&read.file, &volume);
-                    self.volume(volume, &file, read.arrived_ms);
+            Ok(ParseReply::Slice(slice)) => {
+                let place = (slice.series, slice.number);
+                match self.slices.add(slice) {
+                    // It is needed again, should this process die before its volume is whole.
+                    Ok(None) if settled => {
+                        settled = false;
+                        self.hold(place, read.file.clone());
+                    }
+                    Ok(None) => {}
+                    Ok(Some(volume)) => {
+                        let file = slices::of_volume(&read.file, &volume);
+                        self.volume(volume, &file, read.arrived_ms);
+                        let held = self.slice_files.remove(&place);
+                        held.iter().flatten().for_each(Found::give_up);
+                    }
+                    Err(reason) => self.fault(reason),
                 }
-                Err(reason) => self.fault(reason),
-            },
+            }
             // Told as volumes by the reader.
             Ok(ParseReply::Image(_)) => {}
             Ok(ParseReply::Refused { reason }) | Err(reason) => {
@@ -266,6 +294,16 @@ impl Acquire {
         }
         if settled {
             read.file.give_up();
+        }
+    }
+
+    /// Keeps a slice's file until its volume is on record; of very many, the first are given up.
+    fn hold(&mut self, place: ([u8; 16], u32), file: Found) {
+        self.slice_files.entry(place).or_default().push(file);
+        if self.slice_files.len() > MAX_OPEN_VOLUMES
+            && let Some((_, files)) = self.slice_files.pop_first()
+        {
+            files.iter().for_each(Found::give_up);
         }
     }
 
@@ -299,22 +337,27 @@ impl Acquire {
             self.fault(format!("A series is refused: {reason}"));
             return;
         }
-        self.time(&volume, file);
         let Some(run) = self.runs.get_mut(&series) else {
             return;
         };
         let index = run.index;
         let number = volume.number;
-        match run.add(volume, arrived_ms, file.id) {
-            Ok(Some(volume)) => {
+        let came = Came {
+            at_ms: arrived_ms,
+            monotonic_ms: trigger::ms_of(file.noticed),
+        };
+        match run.add(volume, came, file.id) {
+            Ok(Some(added)) => {
                 let took_ms = file.noticed.elapsed().as_secs_f64() * 1e3;
                 tracing::info!(run = index, took_ms, "volume in");
                 let message = FromAcquire::Volume {
                     run: index,
-                    volume,
+                    volume: added.number,
                     took_ms,
+                    quality: added.quality,
                 };
                 self.publisher.publish(&message, Keep::Under(2));
+                self.tell_timing(index, &added.timing);
             }
             Ok(None) => tracing::info!(run = index, "volume was in already, ignored"),
             Err(error) => {
@@ -329,42 +372,29 @@ impl Acquire {
     /// Gives the pulses that came to the runs' clocks.
     fn take_pulses(&mut self) {
         let drained = self.trigger.drain();
-        for timeline in self.timelines.values_mut() {
-            drained
-                .pulses
-                .iter()
-                .for_each(|&at_ms| timeline.pulse(at_ms));
+        if !drained.pulses.is_empty() {
+            self.hops.pulse = Some(Instant::now());
+            for run in self.runs.values_mut() {
+                drained.pulses.iter().for_each(|&at_ms| run.pulse(at_ms));
+            }
+            self.write_down(&SessionEntry::Pulses(drained.pulses));
         }
-        for text in drained.told {
-            self.fault(text);
-        }
+        self.faults(drained.told);
     }
 
-    /// Says when a volume began.
-    fn time(&mut self, volume: &VolumeMessage, file: &Found) {
-        let Some(run) = self.runs.get(&volume.series).map(|run| run.index) else {
-            return;
-        };
-        let Some(frame) = volume.number.checked_sub(1) else {
-            return;
-        };
-        let timeline = self
-            .timelines
-            .entry(volume.series)
-            .or_insert_with(|| self.trigger.timeline(volume.tr_ms, None, None));
-        let arrival = Arrival {
-            frame,
-            arrived_ms: trigger::ms_of(file.noticed),
-            header_ms: None,
-        };
-        let mut faults = Vec::new();
-        let time = timeline.volume(arrival, &mut faults);
-        tracing::debug!(run, start_ms = time.start_ms, how = ?time.how, "volume timed");
-        for fault in faults {
+    /// Says what a volume's timing shows: to the operator where there is a trigger line, on record
+    /// where there is none to look after.
+    fn tell_timing(&mut self, run: u32, found: &[TimingFault]) {
+        for found in found {
+            let text = format!("Run {run}: {found}");
             if self.settings.trigger.is_some() {
-                self.fault(format!("Run {run}: {fault}"));
+                self.fault(text);
             } else {
-                tracing::info!(run, %fault, "timing");
+                tracing::info!(note = %text, "timing");
+                self.write_down(&SessionEntry::Note {
+                    text,
+                    at_ms: record::now_ms(),
+                });
             }
         }
     }
@@ -380,7 +410,8 @@ impl Acquire {
         let index = held.chain(recorded).max().unwrap_or(0) + 1;
         let dir = self.session.run_dir(index).map_err(|error| chain(&error))?;
         let plan = self.plan_of_run(index);
-        let begun = Run::begin(index, dir.clone(), plan, first);
+        let timeline = timeline(&self.trigger, first, None);
+        let begun = Run::begin(index, dir.clone(), plan, first, timeline);
         let run = begun.map_err(|error| {
             // A run that never began leaves no folder.
             let _ = fs::remove_dir_all(&dir);

@@ -5,7 +5,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use bundle::PublicKey;
-use rtfmri::{Mask, NiftiError, events};
+use rtfmri::registration::Freedom;
+use rtfmri::{Mask, NiftiError, Volume, events, nifti};
 use sha2::{Digest, Sha256};
 
 use crate::logging::chain;
@@ -14,6 +15,7 @@ use crate::roles::RoleError;
 use crate::settings::Settings;
 
 const MAX_MASK_BYTES: u64 = 64 << 20;
+const MAX_REFERENCE_BYTES: u64 = 64 << 20;
 
 /// The mask, from the site or from the signed bundle, of as many voxels as the bundle maps; and the
 /// hash of its file.
@@ -77,6 +79,21 @@ pub(super) fn read_bounded(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> 
         return Err(std::io::Error::other(format!("more than {limit} bytes")));
     }
     Ok(bytes)
+}
+
+/// The volume that mask and model were made on, where the site names one: runs are then registered to
+/// it, and their grid may be another.
+pub(super) fn load_trained(settings: &Settings) -> Result<Option<(Volume, Freedom)>, RoleError> {
+    let Some(path) = &settings.reference else {
+        return Ok(None);
+    };
+    let wrong = |reason: String| {
+        RoleError::Setting(format!("subject.reference = {}: {reason}", path.display()))
+    };
+    let bytes =
+        read_bounded(path, MAX_REFERENCE_BYTES).map_err(|error| wrong(error.to_string()))?;
+    let (_, volume) = nifti::read_volume(&bytes, 0).map_err(|error| wrong(chain(&error)))?;
+    Ok(Some((volume, settings.registration)))
 }
 
 /// The events file of a run.

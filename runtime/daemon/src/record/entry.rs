@@ -62,6 +62,9 @@ pub(crate) struct Began {
     pub(crate) reference: VolumeMessage,
     /// Voxels of the mask.
     pub(crate) voxels: u32,
+    /// From a place of the trained space to that of the reference, LPS, millimetres; `None` where
+    /// mask and volumes have one grid.
+    pub(crate) registration: Option<[[f64; 4]; 4]>,
     /// How its trials are estimated, whatever the settings say later.
     pub(crate) model: StoredModel,
     /// Version of the program.
@@ -216,13 +219,13 @@ pub(crate) enum SessionEntry {
         /// When, Unix milliseconds.
         at_ms: u64,
     },
-    /// Pulses of the trigger line, in their order.
-    Pulses(Vec<StoredPulse>),
-}
-
-/// One byte of the trigger line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct StoredPulse {
-    /// When it came, microseconds of the box's monotonic clock.
-    pub(crate) at_us: u64,
+    /// Pulses of the trigger line, in their order: milliseconds of the box's monotonic clock.
+    Pulses(Vec<f64>),
+    /// Something that happened and is no fault.
+    Note {
+        /// The sentence.
+        text: String,
+        /// When, Unix milliseconds.
+        at_ms: u64,
+    },
 }

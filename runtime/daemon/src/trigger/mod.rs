@@ -215,8 +215,14 @@ impl TriggerLine {
     }
 }
 
+/// Unix time, milliseconds, to set beside [`now_ms`].
+pub(crate) fn now_unix_ms() -> f64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.unwrap_or_default().as_secs_f64() * 1e3
+}
+
 /// Now, milliseconds on the clock that pulses are stamped with.
-fn now_ms() -> f64 {
+pub(crate) fn now_ms() -> f64 {
     millis(now_ns())
 }
 

@@ -10,21 +10,28 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ndarray::{Array1, Array2};
+use ndarray::{Array1, Array2, ArrayView1};
 use ndarray_npy::WriteNpyExt;
 use rtfmri::events::Event;
-use rtfmri::{Mask, MotionError, Realigner, Rigid};
-use wire::{Tier, TrialMessage, VolumeMessage};
+use rtfmri::quality::{Monitor, Quality, QualitySettings};
+use rtfmri::registration::{Freedom, RegistrationError, register};
+use rtfmri::timing::{Arrival, Timeline, TimingFault};
+use rtfmri::volume::Affine;
+use rtfmri::{Mask, MotionError, Realigner, Rigid, Volume};
+use wire::{Tier, TrialMessage, VolumeMessage, VolumeQuality};
 
 pub(crate) use self::state::{State, Taken, TierPlan};
 use crate::logging::chain;
-use crate::pipeline::{self, AlignError, AlignedVolume};
+use crate::pipeline::{self, AlignError, AlignedVolume, VolumeStart};
 use crate::record::entry::{Began, RunEnd, RunEntry, StoredModel};
 use crate::record::log::{self, Log};
 use crate::record::{self, RecordError};
+use crate::trigger;
 
 /// The log's name in a run's folder.
 pub(crate) const LOG: &str = "run.log";
+/// Most of the mask that may be out of view, one in so many voxels.
+const MAX_OUTSIDE: usize = 10;
 /// Volumes that must have come after a hole before the hole is taken for good.
 const PATIENCE_VOLUMES: usize = 2;
 /// Volumes that may be lost in one piece; a number further ahead is not believed.
@@ -89,6 +96,17 @@ pub(crate) enum RunError {
     /// The first volume cannot serve as reference.
     #[error("the first volume cannot serve as reference")]
     Reference(#[from] MotionError),
+    /// The run cannot be registered to the trained space.
+    #[error("the first volume cannot be registered to subject.reference")]
+    Registration(#[from] RegistrationError),
+    /// Too much of the mask is out of view.
+    #[error("{outside} of the mask's {voxels} voxels lie outside the first volume")]
+    OutOfView {
+        /// Voxels outside.
+        outside: usize,
+        /// Voxels of the mask.
+        voxels: usize,
+    },
     /// The record cannot be written or read.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -99,6 +117,8 @@ pub(crate) enum RunError {
 pub(crate) struct Plan {
     /// The subject's voxels.
     pub(crate) mask: Mask,
+    /// The volume that mask and model were made on, where runs are registered to it.
+    pub(crate) trained: Option<(Volume, Freedom)>,
     /// The stimuli, by onset; empty where the events file cannot be used.
     pub(crate) events: Vec<Event>,
     /// How trials are estimated; each run has its own TR.
@@ -118,6 +138,85 @@ pub(crate) struct Hops {
     pub(crate) has_line: bool,
 }
 
+/// What follows the head and the clock from volume to volume.
+struct Follow {
+    realigner: Realigner,
+    /// From the trained space to the run's reference.
+    registration: Option<Affine>,
+    /// Where the head was in the last volume.
+    motion: Rigid,
+    monitor: Monitor,
+    timeline: Timeline,
+}
+
+impl Follow {
+    fn new(realigner: Realigner, registration: Option<Affine>, timeline: Timeline) -> Follow {
+        Follow {
+            monitor: monitor(&realigner),
+            realigner,
+            registration,
+            motion: Rigid::identity(),
+            timeline,
+        }
+    }
+}
+
+fn monitor(realigner: &Realigner) -> Monitor {
+    Monitor::new(QualitySettings::default(), realigner.centre_lps())
+}
+
+/// From the trained space to a run's first volume; `None` where mask and volumes have one grid.
+///
+/// Each run is registered anew: between two runs the head may lie anywhere, and a run's first volume
+/// comes before any of its trials.
+fn registration(plan: &Plan, first: &Volume) -> Result<Option<Affine>, RunError> {
+    let Some((trained, freedom)) = &plan.trained else {
+        plan.mask
+            .check_grid(first)
+            .map_err(AlignError::from)
+            .map_err(VolumeError::from)?;
+        return Ok(None);
+    };
+    let found = register(trained, first, *freedom)?;
+    let map = found.matrix_lps();
+    let outside = plan
+        .mask
+        .count_outside(first, &map)
+        .map_err(AlignError::from)
+        .map_err(VolumeError::from)?;
+    tracing::info!(
+        overlap = found.overlap(),
+        correlation_ratio = found.correlation_ratio(),
+        outside,
+        "run registered to the trained space"
+    );
+    let voxels = plan.mask.len();
+    if outside > voxels / MAX_OUTSIDE {
+        return Err(RunError::OutOfView { outside, voxels });
+    }
+    Ok(Some(map))
+}
+
+/// When a file came, on both clocks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Came {
+    /// Unix milliseconds.
+    pub(crate) at_ms: u64,
+    /// Milliseconds on the box's monotonic clock.
+    pub(crate) monotonic_ms: f64,
+}
+
+/// A volume that was taken.
+#[derive(Debug)]
+pub(crate) struct Added {
+    /// From 1.
+    pub(crate) number: u32,
+    /// What it shows.
+    pub(crate) quality: VolumeQuality,
+    /// What its timing shows.
+    pub(crate) timing: Vec<TimingFault>,
+}
+
 /// One run.
 pub(crate) struct Run {
     /// Within the session, from 1.
@@ -127,8 +226,7 @@ pub(crate) struct Run {
     state: State,
     log: Log,
     unwritten: VecDeque<RunEntry>,
-    realigner: Realigner,
-    motion: Rigid,
+    follow: Follow,
     /// Holes, by frame, with the moment each was noticed.
     holes: BTreeMap<u32, Instant>,
     last_arrival: Instant,
@@ -157,6 +255,7 @@ impl Run {
         dir: PathBuf,
         plan: Plan,
         first: &VolumeMessage,
+        timeline: Timeline,
     ) -> Result<Run, RunError> {
         if let Some(expected) = plan.tr_ms
             && (expected - first.tr_ms).abs() > 0.5
@@ -168,27 +267,34 @@ impl Run {
         }
         let volume = pipeline::volume_of(first.clone()).ok_or(VolumeError::Shape)?;
         // A grid that is not the mask's is refused here, once, and not volume by volume.
-        plan.mask
-            .sample(&volume)
-            .map_err(AlignError::from)
-            .map_err(VolumeError::from)?;
+        let registration = registration(&plan, &volume)?;
         let realigner = Realigner::new(&volume)?;
         let began = Began {
             reference: first.clone(),
             voxels: u32::try_from(plan.mask.len()).unwrap_or(u32::MAX),
+            registration,
             model: plan.model,
             software: env!("CARGO_PKG_VERSION").into(),
             at_ms: record::now_ms(),
         };
         let (log, _) = Log::open::<RunEntry>(&dir.join(LOG))?;
         let state = State::begin(plan.events, &began);
-        let mut run = Run::new(index, dir, plan.mask, state, log, realigner);
+        let follow = Follow::new(realigner, registration, timeline);
+        let mut run = Run::new(index, dir, plan.mask, state, log, follow);
         run.record(RunEntry::Began(began));
         Ok(run)
     }
 
     /// Takes a run up again from its log; `None` where it had not begun.
-    pub(crate) fn resume(index: u32, dir: PathBuf, plan: Plan) -> Result<Option<Run>, RunError> {
+    ///
+    /// - `timeline`: the run's clock, from its first volume and the last one whose start is known
+    ///   (frame, and milliseconds on the box's monotonic clock).
+    pub(crate) fn resume(
+        index: u32,
+        dir: PathBuf,
+        plan: Plan,
+        timeline: impl FnOnce(&VolumeMessage, Option<(u32, f64)>) -> Timeline,
+    ) -> Result<Option<Run>, RunError> {
         let (log, entries) = Log::open::<RunEntry>(&dir.join(LOG))?;
         let mut entries = entries.into_iter();
         let Some(RunEntry::Began(began)) = entries.next() else {
@@ -197,24 +303,40 @@ impl Run {
         let volume = pipeline::volume_of(began.reference.clone()).ok_or(VolumeError::Shape)?;
         let realigner = Realigner::new(&volume)?;
         let mut state = State::begin(plan.events, &began);
+        let mut monitor = monitor(&realigner);
+        let mut motion = Rigid::identity();
         for entry in entries {
+            if let RunEntry::Volume(volume) = &entry {
+                let before = Rigid::from_parameters(volume.motion, realigner.centre_lps());
+                let voxels = ArrayView1::from(&volume.voxels);
+                if volume.voxels.len() == state.voxels() {
+                    monitor.push(volume.frame, &before, voxels, ArrayView1::from(&[]));
+                    motion = before;
+                }
+            }
             // What was told is told again all together, by `messages`.
             let _ = state.take(index, entry);
         }
-        let mut run = Run::new(index, dir, plan.mask, state, log, realigner);
+        let known = state.places().iter().rev().find_map(|(frame, place)| {
+            let since_ms = trigger::now_unix_ms() - place.pulse_ms?;
+            Some((*frame, trigger::now_ms() - since_ms))
+        });
+        let follow = Follow {
+            monitor,
+            motion,
+            ..Follow::new(
+                realigner,
+                began.registration,
+                timeline(&began.reference, known),
+            )
+        };
+        let mut run = Run::new(index, dir, plan.mask, state, log, follow);
         run.arrays_stale = true;
         run.note_holes();
         Ok(Some(run))
     }
 
-    fn new(
-        index: u32,
-        dir: PathBuf,
-        mask: Mask,
-        state: State,
-        log: Log,
-        realigner: Realigner,
-    ) -> Run {
+    fn new(index: u32, dir: PathBuf, mask: Mask, state: State, log: Log, follow: Follow) -> Run {
         Run {
             index,
             dir,
@@ -222,8 +344,7 @@ impl Run {
             state,
             log,
             unwritten: VecDeque::new(),
-            realigner,
-            motion: Rigid::identity(),
+            follow,
             holes: BTreeMap::new(),
             last_arrival: Instant::now(),
             stalled: false,
@@ -248,17 +369,25 @@ impl Run {
         self.state.places().values().map(|place| place.file)
     }
 
+    /// Hears a pulse of the trigger line, milliseconds on the box's monotonic clock.
+    pub(crate) fn pulse(&mut self, at_ms: f64) {
+        if self.state.ended().is_none() {
+            self.follow.timeline.pulse(at_ms);
+        }
+    }
+
     /// Adds a volume; `None` where it was there already.
     pub(crate) fn add(
         &mut self,
         message: VolumeMessage,
-        arrived_ms: u64,
+        came: Came,
         file: [u8; 16],
-    ) -> Result<Option<u32>, VolumeError> {
+    ) -> Result<Option<Added>, VolumeError> {
         let number = message.number;
-        match self.align(message, arrived_ms, file) {
+        let mut timing = Vec::new();
+        match self.align(message, came, file, &mut timing) {
             Ok(Some(aligned)) => {
-                let late = self.state.ended().is_some() || aligned.frame + 1 < self.state.highest();
+                let (late, quality) = (aligned.late, aligned.quality);
                 self.record(RunEntry::Volume(aligned));
                 self.note_holes();
                 let pause_tr = self.pause_tr();
@@ -267,7 +396,11 @@ impl Run {
                     self.patience_tr = (pause_tr * 1.2).clamp(self.patience_tr, MAX_STALLED_TR);
                 }
                 self.last_arrival = Instant::now();
-                Ok(Some(number))
+                Ok(Some(Added {
+                    number,
+                    quality,
+                    timing,
+                }))
             }
             Ok(None) => {
                 self.record(RunEntry::Doubled {
@@ -290,10 +423,11 @@ impl Run {
     fn align(
         &mut self,
         message: VolumeMessage,
-        arrived_ms: u64,
+        came: Came,
         file: [u8; 16],
+        timing: &mut Vec<TimingFault>,
     ) -> Result<Option<AlignedVolume>, VolumeError> {
-        let number = message.number;
+        let (number, header_ms) = (message.number, message.time_ms);
         let highest = self.state.highest();
         let limit = match highest {
             0 => MAX_VOLUMES,
@@ -319,13 +453,35 @@ impl Run {
             return Ok(None);
         }
         let volume = pipeline::volume_of(message).ok_or(VolumeError::Shape)?;
-        let (motion, voxels) = pipeline::align(&volume, &self.mask, &self.realigner, &self.motion)?;
-        self.motion = motion;
+        let follow = &mut self.follow;
+        let (motion, voxels) = pipeline::align(
+            &volume,
+            &self.mask,
+            &follow.realigner,
+            follow.registration.as_ref(),
+            &follow.motion,
+        )?;
+        follow.motion = motion;
+        let arrival = Arrival {
+            frame,
+            arrived_ms: came.monotonic_ms,
+            header_ms,
+        };
+        let start = follow.timeline.volume(arrival, timing);
+        let quality = follow
+            .monitor
+            .push(frame, &motion, voxels.view(), ArrayView1::from(&[]));
         Ok(Some(AlignedVolume {
             frame,
             motion: motion.parameters(),
             voxels: voxels.to_vec(),
-            arrived_ms,
+            start: VolumeStart {
+                at_ms: trigger::now_unix_ms() + start.start_ms - trigger::now_ms(),
+                known: start.how.into(),
+            },
+            quality: shown(&quality),
+            late: self.state.ended().is_some() || number < highest,
+            arrived_ms: came.at_ms,
             file,
         }))
     }
@@ -536,6 +692,23 @@ impl Run {
         {
             self.recording = Recording::Failed(chain(&error));
         }
+    }
+}
+
+/// A volume's quality as it is recorded and told.
+#[expect(clippy::cast_possible_truncation, reason = "shown with a few digits")]
+fn shown(quality: &Quality) -> VolumeQuality {
+    let short = |value: Option<f64>| value.map(|value| value as f32);
+    VolumeQuality {
+        displacement_mm: quality.displacement_mm as f32,
+        fd_power_mm: short(quality.fd_power_mm),
+        fd_jenkinson_mm: short(quality.fd_jenkinson_mm),
+        drift_mm: quality.drift_mm as f32,
+        dvars: short(quality.mask.dvars),
+        dvars_standardised: short(quality.mask.dvars_standardised),
+        tsnr: short(quality.mask.tsnr),
+        spike: quality.is_spike(),
+        drifting: quality.drifting,
     }
 }
 

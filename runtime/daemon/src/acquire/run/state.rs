@@ -11,7 +11,7 @@ use rtfmri::glm::{self, GlmError, GlmSettings, TrialFit};
 use rtfmri::zscore::{RunningZScore, ZScoreError};
 use wire::{Tier, TrialMessage};
 
-use crate::pipeline::{self, AlignedVolume};
+use crate::pipeline::{self, AlignedVolume, StartKnown};
 use crate::record::entry::{Began, Estimate, RunEnd, RunEntry, StoredTrial};
 
 /// What the run must have recorded after a trial's onset for its last decoding, seconds.
@@ -43,6 +43,8 @@ struct TierState {
 pub(crate) struct Place {
     /// When its file arrived, Unix milliseconds.
     pub(crate) arrived_ms: u64,
+    /// When its acquisition began, Unix milliseconds, where pulses tell.
+    pub(crate) pulse_ms: Option<f64>,
     /// Hash of its file's name.
     pub(crate) file: [u8; 16],
 }
@@ -165,6 +167,10 @@ impl State {
         self.samples.insert(volume.frame as usize, &volume.voxels);
         let place = Place {
             arrived_ms: volume.arrived_ms,
+            pulse_ms: match volume.start.known {
+                StartKnown::Pulse | StartKnown::Bridged => Some(volume.start.at_ms),
+                StartKnown::Header | StartKnown::Arrival => None,
+            },
             file: volume.file,
         };
         self.places.insert(volume.frame, place);
@@ -370,8 +376,8 @@ impl State {
         }
     }
 
-    /// When a time of the run was, by the arrival of the volumes around it: volume `n` arrives when
-    /// it is complete, `n` TR after the run began.
+    /// When a time of the run was, Unix milliseconds: by the pulses of the volumes around it, else by
+    /// their arrival. Volume `n` begins `n` TR after the run and arrives when it is complete.
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
@@ -380,14 +386,19 @@ impl State {
     )]
     fn wall_clock_ms(&self, time_s: f64) -> Option<u64> {
         let at = time_s / self.glm.tr_s;
-        let arrival = |volumes: f64| {
-            let frame = (volumes.max(1.0) - 1.0) as u32;
-            let (low, before) = self.places.range(..=frame).next_back()?;
-            Some((f64::from(*low) + 1.0, before.arrived_ms as f64))
-        };
-        let (n, ms) = arrival(at.floor())?;
+        let frame = at.max(0.0) as u32;
+        let (before, after) = (
+            self.places.range(..=frame).next_back(),
+            self.places.range(frame.saturating_add(1)..).next(),
+        );
+        if let Some((place, pulse_ms)) = before.and_then(|(n, place)| Some((n, place.pulse_ms?))) {
+            return Some((pulse_ms + (at - f64::from(*place)) * self.tr_ms).max(0.0) as u64);
+        }
+        let arrival =
+            |(frame, place): (&u32, &Place)| (f64::from(*frame) + 1.0, place.arrived_ms as f64);
+        let (n, ms) = before.or(after).map(arrival)?;
         // The pace around this place: real time on a scanner, faster in a simulation.
-        let pace = match arrival(at.floor() + 1.0) {
+        let pace = match after.map(arrival) {
             Some((next, next_ms)) if next > n => (next_ms - ms) / (next - n),
             _ => self.tr_ms,
         };
@@ -410,9 +421,10 @@ fn count(value: usize) -> u32 {
 mod tests {
     use proptest::prelude::*;
     use rtfmri::glm::{Hrf, Noise};
-    use wire::VolumeMessage;
+    use wire::{VolumeMessage, VolumeQuality};
 
     use super::*;
+    use crate::pipeline::VolumeStart;
     use crate::record::entry::StoredModel;
 
     const VOXELS: usize = 5;
@@ -430,6 +442,7 @@ mod tests {
                 ..crate::pipeline::tests::message(1)
             },
             voxels: u32::try_from(VOXELS).unwrap(),
+            registration: None,
             model: StoredModel::of(&GlmSettings::new(1.0, Hrf::Glover, Noise::Ar1), tiers),
             software: "test".into(),
             at_ms: 0,
@@ -452,6 +465,12 @@ mod tests {
             frame,
             motion: [0.0; 6],
             voxels: voxels.collect(),
+            start: VolumeStart {
+                at_ms: f64::from(frame) * 1500.0,
+                known: StartKnown::Arrival,
+            },
+            quality: VolumeQuality::default(),
+            late: false,
             arrived_ms: u64::from(frame) * 1500,
             file: [0; 16],
         })
