@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{RecordError, at, now_ms};
+use super::{RecordError, at, folder_of, now_ms};
 
 /// How a log begins; the eighth byte but one is the format's version.
 const MAGIC: [u8; 8] = *b"AFTLOG\x01\n";
@@ -84,7 +84,7 @@ impl Log {
             file.write_all(&MAGIC).map_err(&error)?;
             good = MAGIC.len() as u64;
             file.sync_data().map_err(&error)?;
-            let folder = path.parent().unwrap_or(Path::new("."));
+            let folder = folder_of(path);
             File::open(folder)
                 .and_then(|folder| folder.sync_all())
                 .map_err(at(folder))?;

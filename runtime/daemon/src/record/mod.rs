@@ -270,6 +270,14 @@ pub(crate) fn create_private(dir: &Path) -> io::Result<()> {
         .create(dir)
 }
 
+/// The folder that a file lies in; of a bare name that is the present one.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
 /// Writes a file that appears whole or not at all, and is on the disk when this returns.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), RecordError> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
@@ -280,7 +288,7 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), RecordError> 
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, path)?;
-        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+        File::open(folder_of(path))?.sync_all()
     };
     write().map_err(at(path))
 }
@@ -327,6 +335,13 @@ mod tests {
         end_session(dir.path()).unwrap();
         let third = Session::open(dir.path(), about("One")).unwrap();
         assert!(!third.resumed);
+    }
+
+    #[test]
+    fn a_bare_name_lies_in_the_present_folder() {
+        assert_eq!(folder_of(Path::new("motion.json")), Path::new("."));
+        assert_eq!(folder_of(Path::new("out/motion.json")), Path::new("out"));
+        assert_eq!(folder_of(Path::new("/motion.json")), Path::new("/"));
     }
 
     #[test]
