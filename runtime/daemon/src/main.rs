@@ -60,11 +60,7 @@ enum Command {
     Motion(motion::Arguments),
     /// Turn a folder of scanner files into NIfTI images with their times, offline
     Volumes(volumes::Arguments),
-    /// Measure time and memory of every stage of a bundle on this machine
     Bench(bench::Arguments),
-    /// Measure how late trigger stamps are on this machine
-    #[command(hide = true)]
-    TriggerLatency(trigger::latency::Arguments),
     /// One role as its own process; started by `run` or by systemd
     #[command(hide = true)]
     Role {
@@ -106,7 +102,6 @@ fn main() -> ExitCode {
         Command::Motion(arguments) => motion::main(&arguments),
         Command::Volumes(arguments) => volumes::main(&arguments),
         Command::Bench(arguments) => bench::main(&arguments),
-        Command::TriggerLatency(arguments) => trigger::latency::main(&arguments),
         Command::Role {
             role,
             config,

@@ -274,7 +274,12 @@ fn machine() -> Option<u64> {
 
 /// Resident memory of this process, bytes: its own, and mapped from files.
 pub(crate) fn resident() -> (u64, u64) {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    resident_of("self")
+}
+
+/// Resident memory of a process, by its id in `/proc`, as [`resident`] has it; 0 where it is gone.
+pub(crate) fn resident_of(process: &str) -> (u64, u64) {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let line = |name| read_kib(&status, name).unwrap_or(0);
     (line("RssAnon:"), line("RssFile:"))
 }

@@ -266,11 +266,9 @@ pub(crate) enum AlignError {
     Interpolation(#[from] InterpolationError),
 }
 
-/// Volume → its masked voxels, realigned to the run's reference and, where the mask lies in the
-/// trained space, through the registration: one interpolation, at the mask's voxels alone.
+/// Volume → its masked voxels, realigned to the run's reference: where the head is, then [`sample`].
 ///
-/// - `registration`: from a place of the trained space to that of the run's reference, LPS,
-///   millimetres; without it mask and volume have one grid.
+/// - `registration`: as [`sample`] takes it.
 /// - `previous`: where the head was in the volume before, to start from.
 ///
 /// Returns the head's motion and `[voxel]`, scanner units.
@@ -285,6 +283,26 @@ pub(crate) fn align(
     previous: &Rigid,
 ) -> Result<(Rigid, Array1<f32>), AlignError> {
     let motion = realigner.realign(volume, previous)?;
+    let voxels = sample(volume, mask, &motion, registration)?;
+    Ok((motion, voxels))
+}
+
+/// A volume's masked voxels where the head is and, where the mask lies in the trained space, through
+/// the registration: one interpolation, at the mask's voxels alone.
+///
+/// - `registration`: from a place of the trained space to that of the run's reference, LPS,
+///   millimetres; without it mask and volume have one grid.
+///
+/// Returns `[voxel]`, scanner units.
+///
+/// # Errors
+/// [`AlignError`] where the grid is another one.
+pub(crate) fn sample(
+    volume: &Volume,
+    mask: &Mask,
+    motion: &Rigid,
+    registration: Option<&Affine>,
+) -> Result<Array1<f32>, AlignError> {
     let map = match registration {
         Some(registration) => after(&motion.matrix_lps(), registration),
         None => {
@@ -293,7 +311,7 @@ pub(crate) fn align(
         }
     };
     let image = Interpolation::new(volume)?;
-    Ok((motion, mask.sample_through(&image, &map)))
+    Ok(mask.sample_through(&image, &map))
 }
 
 /// The map that first takes `first` and then `second`.

@@ -34,6 +34,7 @@ use rtfmri::glm::GlmSettings;
 use rtfmri::timing::{Timeline, TimingFault};
 use wire::{FromAcquire, ParseReply, SessionMessage, Tier, TrialMessage, VolumeMessage};
 
+pub(crate) use self::plan::read_bounded;
 use self::quarantine::Quarantine;
 pub(crate) use self::run::TierPlan;
 use self::run::{Came, Hops, Plan, Run, Taken};

@@ -64,6 +64,11 @@ impl Parser {
         }
     }
 
+    /// The process that has the next file, where one runs.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(|running| running.process.id())
+    }
+
     /// Has one file parsed.
     ///
     /// A child that served before may have died of something else: the file gets a fresh one before

@@ -72,7 +72,8 @@ pub(super) fn load_mask(settings: &Settings) -> Result<(Mask, String), RoleError
     Ok((mask, hash))
 }
 
-pub(super) fn read_bounded(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
+/// A file's bytes, where it has no more than `limit`.
+pub(crate) fn read_bounded(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {

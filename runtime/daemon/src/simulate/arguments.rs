@@ -245,7 +245,8 @@ fn three<T: FromStr>(text: &str) -> Option<[T; 3]> {
     values?.try_into().ok()
 }
 
-fn sides(text: &str) -> Result<[usize; 3], String> {
+/// Columns, rows and slices, as `64x64x27`.
+pub(crate) fn sides(text: &str) -> Result<[usize; 3], String> {
     let expected = "expected three sides from 4 to 512, as 64x64x27, at most 4194304 voxels";
     three(text)
         .filter(|sides| sides.iter().all(|side| (4..=512).contains(side)))

@@ -7,13 +7,14 @@
 //! - [`faults`], [`timeline`]: what happens when, decided before it begins;
 //! - [`pace`], [`pulses`], [`output`], [`store`]: at its time, on its way;
 //! - [`encode`], [`stamp`]: files with times in their headers;
-//! - [`session`]: all of it together;
+//! - [`session`]: all of it together; [`head`]: its files alone, for `afterimage bench`;
 //! - [`site`]: what a simulated site knows beforehand; [`truth`]: what was simulated.
 
 mod arguments;
 mod base;
 mod encode;
 mod faults;
+mod head;
 mod motion;
 mod noise;
 mod output;
@@ -35,7 +36,8 @@ mod tests;
 use std::io::Write;
 use std::process::ExitCode;
 
-pub(crate) use arguments::Arguments;
+pub(crate) use arguments::{Arguments, sides};
+pub(crate) use head::{HeadError, MovingHead};
 
 use crate::logging::chain;
 

@@ -58,9 +58,7 @@ pub(super) fn prepare(
         path: site.into(),
         source,
     })?;
-    let voxels = base.responding(voxels)?;
-    let mask = Mask::from_voxels(base.sides(), base.affine_ras(), &voxels)
-        .map_err(|error| SiteError::Mask(error.into()))?;
+    let mask = mask(base, voxels)?;
     let bytes = mask
         .to_nifti()
         .map_err(|error| SiteError::Mask(error.into()))?;
@@ -76,6 +74,13 @@ pub(super) fn prepare(
     let trials = usize::try_from(trials).unwrap_or(usize::MAX);
     let betas = drawn_betas(seed, trials, mask.len());
     write_betas(&site.join("true_betas.npy"), &betas)
+}
+
+/// A mask of so many voxels that could respond.
+pub(super) fn mask(base: &Base, voxels: usize) -> Result<Mask, SiteError> {
+    let voxels = base.responding(voxels)?;
+    Mask::from_voxels(base.sides(), base.affine_ras(), &voxels)
+        .map_err(|error| SiteError::Mask(error.into()))
 }
 
 /// `[trial, voxel]`, standard normal.

@@ -1,4 +1,4 @@
-//! `afterimage trigger-latency`: how late stamps are on this machine, from a pseudo-terminal.
+//! How late stamps are on this machine, from a pseudo-terminal.
 //!
 //! The clock is read, a byte is written, and the trigger thread's stamp compared with that reading; the
 //! next byte follows some milliseconds after the stamp is in. The figure holds the kernel's way through
@@ -6,15 +6,12 @@
 //! adapter. The sending thread stands for hardware, which is never preempted, and asks for FIFO scheduling
 //! as well.
 
-use std::io::{Write, stderr};
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use std::{fmt, io, thread};
+use std::{io, thread};
 
-use clap::Args;
 use nix::errno::Errno;
 use nix::pty::{OpenptyResult, openpty};
 
@@ -22,21 +19,9 @@ use super::port::{LineSettings, Parity};
 use super::protocol::Protocol;
 use super::settings::Source;
 use super::{FIFO_PRIORITY, Heard, TriggerSettings, ask_for_fifo, millis, now_ns, spawn};
-use crate::logging::chain;
 
 /// Longest wait for one stamp.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// What to measure.
-#[derive(Args)]
-pub(crate) struct Arguments {
-    /// Pulses to send
-    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
-    pulses: u32,
-    /// Threads that keep the processors busy meanwhile
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=256))]
-    busy: u32,
-}
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LatencyError {
@@ -50,48 +35,12 @@ pub(crate) enum LatencyError {
     Send(#[source] Errno),
 }
 
-/// Lateness of stamps, milliseconds.
-#[derive(Clone, Copy, Debug)]
+/// How late each pulse's stamp was.
 pub(crate) struct Latency {
-    pub(crate) pulses: usize,
-    pub(crate) busy: u32,
+    /// `[pulse]`, milliseconds.
+    pub(crate) late_ms: Vec<f64>,
+    /// The trigger thread had FIFO scheduling.
     pub(crate) fifo: bool,
-    pub(crate) median_ms: f64,
-    pub(crate) p99_ms: f64,
-    pub(crate) most_ms: f64,
-}
-
-impl fmt::Display for Latency {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} pulses, {} busy threads, {}: median {:.3} ms, p99 {:.3} ms, at most {:.3} ms",
-            self.pulses,
-            self.busy,
-            if self.fifo {
-                "FIFO scheduling"
-            } else {
-                "normal scheduling"
-            },
-            self.median_ms,
-            self.p99_ms,
-            self.most_ms
-        )
-    }
-}
-
-/// Runs the command.
-pub(crate) fn main(arguments: &Arguments) -> ExitCode {
-    match measure(arguments.pulses, arguments.busy) {
-        Ok(latency) => {
-            let _ = writeln!(io::stdout(), "{latency}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            let _ = writeln!(stderr(), "error: {}", chain(&error));
-            ExitCode::FAILURE
-        }
-    }
 }
 
 /// A terminal of our own and the settings that listen at its end.
@@ -114,7 +63,9 @@ pub(super) fn terminal() -> Result<(OpenptyResult, TriggerSettings), LatencyErro
     Ok((pty, settings))
 }
 
-/// - `busy`: threads that compute without a pause.
+/// Sends pulses and compares. The calling thread keeps the FIFO scheduling that it asks for.
+///
+/// - `busy`: threads that compute without a pause meanwhile.
 pub(crate) fn measure(pulses: u32, busy: u32) -> Result<Latency, LatencyError> {
     let (pty, settings) = terminal()?;
     let stop = Arc::new(AtomicBool::new(false));
@@ -161,14 +112,8 @@ pub(crate) fn measure(pulses: u32, busy: u32) -> Result<Latency, LatencyError> {
     let fifo = line.state().fifo;
     stop.store(true, Ordering::Relaxed);
     result?;
-    late.sort_by(f64::total_cmp);
-    let at = |share: usize| late[(late.len() * share / 100).min(late.len() - 1)];
     Ok(Latency {
-        pulses: late.len(),
-        busy,
+        late_ms: late,
         fifo,
-        median_ms: at(50),
-        p99_ms: at(99),
-        most_ms: at(100),
     })
 }

@@ -221,7 +221,6 @@ fn waiting_costs_next_to_nothing() {
 #[test]
 fn latency_can_be_measured() {
     let latency = measure(20, 0).unwrap();
-    assert_eq!(latency.pulses, 20);
-    assert!(latency.median_ms > 0.0 && latency.median_ms <= latency.p99_ms);
-    assert!(latency.p99_ms <= latency.most_ms);
+    assert_eq!(latency.late_ms.len(), 20);
+    assert!(latency.late_ms.iter().all(|late| *late > 0.0));
 }

@@ -1,15 +1,13 @@
-//! `afterimage bench`: time and memory of every stage of a bundle on this machine.
+//! Time and memory of every stage of a bundle on this machine.
 //!
 //! 1. Each stage alone: opened, called with noise, closed.
 //! 2. All stages of a picture, as the box holds them, and one whole picture.
 //!
-//! Memory is this process's: its own pages (anonymous), and pages mapped from files, which the system
-//! may drop. Peaks are looked at every few milliseconds while a stage runs.
+//! Peaks of memory are looked at every few milliseconds while a stage runs.
 
 use std::fmt;
 use std::io::Write;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -21,9 +19,8 @@ use decoder::{Decoder, Fidelity, Noise, NoiseKey, Runtime, Stage, Stream, Tier, 
 use ndarray::{Array2, ArrayD};
 use serde::Serialize;
 
-use crate::logging::chain;
+use super::Resident;
 use crate::memory::{self, Feature};
-use crate::roles::EXIT_SETTING;
 
 /// How often memory is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -37,41 +34,40 @@ const KEY: NoiseKey = NoiseKey {
 
 /// What to measure, and how often.
 #[derive(Args)]
-pub(crate) struct Arguments {
-    /// The bundle's folder
-    #[arg(long)]
-    bundle: PathBuf,
+#[group(skip)]
+#[command(next_help_heading = "Networks")]
+pub(super) struct Arguments {
+    /// Measure the networks of the bundle in this folder
+    #[arg(long, value_name = "DIR")]
+    pub(super) bundle: Option<PathBuf>,
     /// Public key that must have signed the bundle; without it only the files' hashes are checked
-    #[arg(long)]
+    #[arg(long, requires = "bundle")]
     key: Option<PathBuf>,
     /// Whose ridge to use; the bundle's first where not given
-    #[arg(long)]
+    #[arg(long, requires = "bundle")]
     subject: Option<String>,
     /// Calls of each stage; the median counts
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, requires = "bundle", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     calls: u32,
     /// Only these stages, with commas between, and no whole picture
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, requires = "bundle", value_delimiter = ',')]
     stages: Vec<String>,
     /// Threads of the networks
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, requires = "bundle", default_value_t = 2)]
     threads: usize,
     /// What to do without, with commas between
-    #[arg(long, value_enum, value_delimiter = ',')]
+    #[arg(long, requires = "bundle", value_enum, value_delimiter = ',')]
     without: Vec<Feature>,
     /// Memory that the networks may have; the machine's where not given
-    #[arg(long)]
+    #[arg(long, requires = "bundle")]
     memory_mib: Option<u64>,
     /// ONNX Runtime's library, where it is not beside the program
-    #[arg(long)]
+    #[arg(long, requires = "bundle")]
     onnxruntime: Option<PathBuf>,
-    /// Also write the figures as JSON
-    #[arg(long)]
-    json: Option<PathBuf>,
 }
 
 #[derive(Debug, thiserror::Error)]
-enum BenchError {
+pub(super) enum NetworksError {
     #[error("the bundle cannot be used")]
     Bundle(#[from] bundle::BundleError),
     #[error("--key cannot be used")]
@@ -89,44 +85,17 @@ enum BenchError {
     },
     #[error("the whole picture cannot be decoded")]
     Decode(#[from] decoder::DecodeError),
-    #[error("cannot write {path}")]
-    Write {
-        path: PathBuf,
-        source: std::io::Error,
-    },
-    #[error("the figures cannot be put into JSON")]
-    Json(#[from] serde_json::Error),
     #[error("cannot write to standard output")]
     Say(#[source] std::io::Error),
 }
 
-/// Resident memory, bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-struct Resident {
-    /// Pages of the process's own.
-    anonymous: u64,
-    /// Pages mapped from files.
-    mapped: u64,
-}
-
-impl Resident {
-    fn now() -> Resident {
-        let (anonymous, mapped) = memory::resident();
-        Resident { anonymous, mapped }
-    }
-
-    fn since(self, before: Resident) -> Resident {
-        Resident {
-            anonymous: self.anonymous.saturating_sub(before.anonymous),
-            mapped: self.mapped.saturating_sub(before.mapped),
-        }
-    }
-
-    fn max(self, other: Resident) -> Resident {
-        Resident {
-            anonymous: self.anonymous.max(other.anonymous),
-            mapped: self.mapped.max(other.mapped),
-        }
+impl NetworksError {
+    /// No other try will mend it.
+    pub(super) fn is_setting(&self) -> bool {
+        matches!(
+            self,
+            NetworksError::Bundle(_) | NetworksError::Key(_) | NetworksError::Memory(_)
+        )
     }
 }
 
@@ -206,8 +175,9 @@ impl fmt::Display for PictureFigures {
     }
 }
 
+/// The networks' figures.
 #[derive(Debug, Serialize)]
-struct Figures {
+pub(super) struct Figures {
     bundle: String,
     precision: bundle::Precision,
     random_weights: bool,
@@ -219,24 +189,13 @@ struct Figures {
     picture: Option<PictureFigures>,
 }
 
-/// Runs the command.
-pub(crate) fn main(arguments: &Arguments) -> ExitCode {
-    match bench(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "error: {}", chain(&error));
-            match error {
-                BenchError::Bundle(_) | BenchError::Key(_) | BenchError::Memory(_) => {
-                    ExitCode::from(EXIT_SETTING)
-                }
-                _ => ExitCode::FAILURE,
-            }
-        }
-    }
-}
-
-fn bench(arguments: &Arguments) -> Result<(), BenchError> {
-    let unverified = bundle::open(&arguments.bundle)?;
+/// Measures a bundle; each line is said when it is known.
+pub(super) fn bench(
+    arguments: &Arguments,
+    bundle: &Path,
+    out: &mut impl Write,
+) -> Result<Figures, NetworksError> {
+    let unverified = bundle::open(bundle)?;
     let bundle = match &arguments.key {
         Some(path) => unverified.verify(&PublicKey::from_file(path)?)?,
         None => unverified.verify_hashes()?,
@@ -259,7 +218,6 @@ fn bench(arguments: &Arguments) -> Result<(), BenchError> {
     let library = decoder::runtime::find_library(arguments.onnxruntime.as_deref())?;
     let runtime = Runtime::load(&library, arguments.threads)?;
 
-    let mut out = std::io::stdout().lock();
     let random = if manifest.random_weights {
         ", random weights"
     } else {
@@ -275,7 +233,7 @@ fn bench(arguments: &Arguments) -> Result<(), BenchError> {
         memory::gigabytes(planned)
     )
     .and_then(|()| writeln!(out, "{}", StageFigures::HEADER))
-    .map_err(BenchError::Say)?;
+    .map_err(NetworksError::Say)?;
     let mut figures = Figures {
         bundle: bundle.digest().into(),
         precision: manifest.precision,
@@ -288,23 +246,15 @@ fn bench(arguments: &Arguments) -> Result<(), BenchError> {
     };
     for (name, spec) in chosen(&bundle, &subject, &arguments.stages)? {
         let measured = measure(&runtime, &bundle, &name, spec, arguments.calls)?;
-        writeln!(out, "{measured}").map_err(BenchError::Say)?;
+        writeln!(out, "{measured}").map_err(NetworksError::Say)?;
         figures.stages.push(measured);
     }
     if arguments.stages.is_empty() && manifest.subject(&subject).is_some() {
         let picture = whole_picture(&runtime, &bundle, &subject)?;
-        writeln!(out, "{picture}").map_err(BenchError::Say)?;
+        writeln!(out, "{picture}").map_err(NetworksError::Say)?;
         figures.picture = Some(picture);
     }
-    if let Some(path) = &arguments.json {
-        let mut bytes = serde_json::to_vec_pretty(&figures)?;
-        bytes.push(b'\n');
-        std::fs::write(path, bytes).map_err(|source| BenchError::Write {
-            path: path.clone(),
-            source,
-        })?;
-    }
-    Ok(())
+    Ok(figures)
 }
 
 /// The person's ridge and the shared stages, or those that were asked for.
@@ -312,7 +262,7 @@ fn chosen<'b>(
     bundle: &'b Bundle,
     subject: &str,
     asked: &[String],
-) -> Result<Vec<(String, &'b StageSpec)>, BenchError> {
+) -> Result<Vec<(String, &'b StageSpec)>, NetworksError> {
     let manifest = bundle.manifest();
     let ridge = manifest
         .subject(subject)
@@ -327,7 +277,7 @@ fn chosen<'b>(
         .find(|asked| all.iter().all(|(name, _)| name != *asked))
     {
         let known: Vec<&str> = all.iter().map(|(name, _)| name.as_str()).collect();
-        return Err(BenchError::Unknown {
+        return Err(NetworksError::Unknown {
             asked: asked.clone(),
             known: known.join(", "),
         });
@@ -342,8 +292,8 @@ fn measure(
     name: &str,
     spec: &StageSpec,
     calls: u32,
-) -> Result<StageFigures, BenchError> {
-    let failed = |source| BenchError::Stage {
+) -> Result<StageFigures, NetworksError> {
+    let failed = |source| NetworksError::Stage {
         stage: name.into(),
         source,
     };
@@ -407,7 +357,7 @@ fn whole_picture(
     runtime: &Runtime,
     bundle: &Bundle,
     subject: &str,
-) -> Result<PictureFigures, BenchError> {
+) -> Result<PictureFigures, NetworksError> {
     let watch = Watch::start();
     let clock = Instant::now();
     let decoder = Decoder::load(runtime, bundle, subject, Fidelity::Edge)?;
