@@ -34,7 +34,7 @@ pub(crate) fn main(memory_bytes: u64) -> ExitCode {
                 reason: chain(&error),
             },
         };
-        if wire::write(&mut output, &reply).is_err() {
+        if wire::write_reply(&mut output, reply).is_err() {
             return ExitCode::FAILURE;
         }
     }

@@ -33,9 +33,22 @@ pub enum FrameError {
         /// The decoder's reason.
         source: postcard::Error,
     },
+    /// A length of values that holds a part of one.
+    #[error("a frame of {len} bytes, expected values of 4 bytes each")]
+    Values {
+        /// Length of the frame.
+        len: usize,
+    },
     /// A message that cannot be encoded.
     #[error("a message cannot be encoded")]
     Encode(#[source] postcard::Error),
+}
+
+impl FrameError {
+    /// The stream ended within a message.
+    pub(crate) fn cut() -> FrameError {
+        FrameError::Io(io::ErrorKind::UnexpectedEof.into())
+    }
 }
 
 /// Sends one message.
@@ -52,18 +65,18 @@ pub fn write<T: Serialize>(stream: &mut impl Write, message: &T) -> Result<(), F
 /// # Errors
 /// [`FrameError`] where they are too many or the stream fails.
 pub fn write_bytes(stream: &mut impl Write, bytes: &[u8]) -> Result<(), FrameError> {
-    let too_long = FrameError::TooLong { found: bytes.len() };
-    let Some(len) = u32::try_from(bytes.len())
-        .ok()
-        .filter(|_| bytes.len() <= MAX_FRAME_BYTES)
-    else {
-        return Err(too_long);
-    };
-    stream
-        .write_all(&len.to_le_bytes())
-        .map_err(FrameError::Io)?;
+    write_len(stream, bytes.len())?;
     stream.write_all(bytes).map_err(FrameError::Io)?;
     stream.flush().map_err(FrameError::Io)
+}
+
+/// Begins a frame of so many bytes.
+pub(crate) fn write_len(stream: &mut impl Write, found: usize) -> Result<(), FrameError> {
+    let len = u32::try_from(found)
+        .ok()
+        .filter(|_| found <= MAX_FRAME_BYTES)
+        .ok_or(FrameError::TooLong { found })?;
+    stream.write_all(&len.to_le_bytes()).map_err(FrameError::Io)
 }
 
 /// Receives one message.
@@ -83,12 +96,27 @@ pub fn read<T: DeserializeOwned>(stream: &mut impl Read) -> Result<T, FrameError
 /// # Errors
 /// As [`read`].
 pub fn read_bytes(stream: &mut impl Read) -> Result<Vec<u8>, FrameError> {
+    let len = read_len(stream)?;
+    // `take` and `read_to_end` grow with what arrives: a claimed length alone allocates nothing.
+    let mut bytes = Vec::new();
+    let received = stream
+        .take(len as u64)
+        .read_to_end(&mut bytes)
+        .map_err(FrameError::Io)?;
+    if received < len {
+        return Err(FrameError::cut());
+    }
+    Ok(bytes)
+}
+
+/// The length that a frame begins with, which is at most [`MAX_FRAME_BYTES`].
+pub(crate) fn read_len(stream: &mut impl Read) -> Result<usize, FrameError> {
     let mut head = [0_u8; 4];
     let mut filled = 0;
     while filled < head.len() {
         match stream.read(&mut head[filled..]) {
             Ok(0) if filled == 0 => return Err(FrameError::Closed),
-            Ok(0) => return Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into())),
+            Ok(0) => return Err(FrameError::cut()),
             Ok(count) => filled += count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(FrameError::Io(error)),
@@ -98,17 +126,7 @@ pub fn read_bytes(stream: &mut impl Read) -> Result<Vec<u8>, FrameError> {
     if len > MAX_FRAME_BYTES {
         return Err(FrameError::TooLong { found: len });
     }
-    // `take` and `read_to_end` grow with what arrives: a claimed length alone allocates nothing.
-    let mut bytes = Vec::new();
-    let limit = u64::from(u32::from_le_bytes(head));
-    let received = stream
-        .take(limit)
-        .read_to_end(&mut bytes)
-        .map_err(FrameError::Io)?;
-    if received < len {
-        return Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()));
-    }
-    Ok(bytes)
+    Ok(len)
 }
 
 #[cfg(test)]

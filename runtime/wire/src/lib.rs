@@ -9,11 +9,13 @@
 //! Who owns a socket sends; who connects listens, after one [`Hello`]. On every connection the
 //! owner first says again all that the newcomer needs, so that a restarted process misses nothing.
 //!
-//! A frame is its length (`u32`, little-endian) and a postcard encoding. No length is believed
+//! A frame is its length (`u32`, little-endian) and a postcard encoding; the values of the parser's
+//! images are frames of plain bytes. No length is believed
 //! beyond [`MAX_FRAME_BYTES`], and memory grows with bytes received, not with lengths claimed.
 
 mod frame;
 mod message;
+mod reply;
 
 pub use frame::{FrameError, MAX_FRAME_BYTES, read, read_bytes, write, write_bytes};
 pub use message::{
@@ -21,3 +23,4 @@ pub use message::{
     PictureKind, PictureMessage, RoleName, SessionMessage, SliceMessage, Tier, TrialMessage,
     VolumeMessage, VolumeQuality,
 };
+pub use reply::{read_reply, write_reply};

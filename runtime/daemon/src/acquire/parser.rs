@@ -3,13 +3,18 @@
 //! A spare one waits beside it: where a file kills its parser, the next file is not late.
 
 use std::io::{self, BufReader};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, fcntl};
 use wire::{FrameError, ParseReply};
+
+/// The longest pipe that everybody may have.
+const PIPE_BYTES: i32 = 1 << 20;
 
 /// Why a file has no reply.
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +126,14 @@ impl Parser {
     }
 }
 
+/// Asks for a pipe that holds a volume: each time it is full, the one side waits for the other to be
+/// woken, which takes long where the processors are busy.
+fn widen(pipe: &impl AsFd) {
+    if let Err(error) = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES)) {
+        tracing::debug!(%error, "the parser's pipe stays as it is");
+    }
+}
+
 fn start(memory_bytes: u64) -> io::Result<Running> {
     // The running program itself, also after an update has replaced its file.
     let mut process = Command::new("/proc/self/exe")
@@ -138,6 +151,8 @@ fn start(memory_bytes: u64) -> io::Result<Running> {
     let (Some(mut input), Some(output)) = (process.stdin.take(), process.stdout.take()) else {
         return Err(io::Error::other("the parser has no pipes"));
     };
+    widen(&input);
+    widen(&output);
     let (files, waiting) = sync_channel::<Vec<u8>>(1);
     let (sender, replies) = sync_channel(1);
     // A child that neither reads nor writes holds up this thread, and the timeout ends both.
@@ -146,8 +161,8 @@ fn start(memory_bytes: u64) -> io::Result<Running> {
         .spawn(move || {
             let mut output = BufReader::new(output);
             for bytes in waiting {
-                let reply =
-                    wire::write_bytes(&mut input, &bytes).and_then(|()| wire::read(&mut output));
+                let reply = wire::write_bytes(&mut input, &bytes)
+                    .and_then(|()| wire::read_reply(&mut output));
                 let last = reply.is_err();
                 if sender.send(reply).is_err() || last {
                     return;
