@@ -63,19 +63,19 @@ pub(super) struct Arguments {
     #[arg(long)]
     front_end: bool,
     /// Columns, rows and slices of the volumes; more than one with commas between
-    #[arg(long, value_name = "CxRxS", requires = "front_end", value_parser = sides,
+    #[arg(long, value_name = "CxRxS", conflicts_with = "bundle", value_parser = sides,
         value_delimiter = ',', default_values = ["64x64x27", "76x90x74"])]
     pub(super) grid: Vec<[usize; 3]>,
     /// Voxels of the mask
-    #[arg(long, requires = "front_end", default_value_t = 15_724,
+    #[arg(long, conflicts_with = "bundle", default_value_t = 15_724,
         value_parser = clap::value_parser!(u32).range(8..=200_000))]
     voxels: u32,
     /// Volumes of each grid
-    #[arg(long, requires = "front_end", default_value_t = 1000,
+    #[arg(long, conflicts_with = "bundle", default_value_t = 1000,
         value_parser = clap::value_parser!(u32).range(10..=20_000))]
     volumes: u32,
     /// Also measure how late the trigger line's stamps are
-    #[arg(long, requires = "front_end")]
+    #[arg(long, conflicts_with = "bundle")]
     triggers: bool,
     /// Pulses to send
     #[arg(long, requires = "triggers", default_value_t = 1000,

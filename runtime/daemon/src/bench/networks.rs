@@ -41,28 +41,28 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "DIR")]
     pub(super) bundle: Option<PathBuf>,
     /// Public key that must have signed the bundle; without it only the files' hashes are checked
-    #[arg(long, requires = "bundle")]
+    #[arg(long, conflicts_with = "front_end")]
     key: Option<PathBuf>,
     /// Whose ridge to use; the bundle's first where not given
-    #[arg(long, requires = "bundle")]
+    #[arg(long, conflicts_with = "front_end")]
     subject: Option<String>,
     /// Calls of each stage; the median counts
-    #[arg(long, requires = "bundle", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, conflicts_with = "front_end", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     calls: u32,
     /// Only these stages, with commas between, and no whole picture
-    #[arg(long, requires = "bundle", value_delimiter = ',')]
+    #[arg(long, conflicts_with = "front_end", value_delimiter = ',')]
     stages: Vec<String>,
     /// Threads of the networks
-    #[arg(long, requires = "bundle", default_value_t = 2)]
+    #[arg(long, conflicts_with = "front_end", default_value_t = 2)]
     threads: usize,
     /// What to do without, with commas between
-    #[arg(long, requires = "bundle", value_enum, value_delimiter = ',')]
+    #[arg(long, conflicts_with = "front_end", value_enum, value_delimiter = ',')]
     without: Vec<Feature>,
     /// Memory that the networks may have; the machine's where not given
-    #[arg(long, requires = "bundle")]
+    #[arg(long, conflicts_with = "front_end")]
     memory_mib: Option<u64>,
     /// ONNX Runtime's library, where it is not beside the program
-    #[arg(long, requires = "bundle")]
+    #[arg(long, conflicts_with = "front_end")]
     onnxruntime: Option<PathBuf>,
 }
 
