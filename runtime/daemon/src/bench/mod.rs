@@ -48,13 +48,13 @@ use crate::roles::EXIT_SETTING;
     group = ArgGroup::new("what").required(true).args(["bundle", "front_end"])
 )]
 pub(crate) struct Arguments {
+    /// Also write the figures as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
     #[command(flatten)]
     networks: networks::Arguments,
     #[command(flatten)]
     front: front::Arguments,
-    /// Also write the figures as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
 }
 
 #[derive(Debug, thiserror::Error)]
