@@ -9,6 +9,8 @@
 //!
 //! Between two volumes the next file is made, which the figures do not hold.
 
+mod figures;
+
 use std::fmt;
 use std::fs;
 use std::io::Write;
@@ -25,10 +27,10 @@ use rtfmri::events::Event;
 use rtfmri::glm::{GlmError, GlmSettings, Hrf, Noise};
 use rtfmri::quality::{Monitor, QualitySettings};
 use rtfmri::{Mask, MotionError, Realigner, Rigid, Volume};
-use serde::Serialize;
 use tempfile::TempDir;
 use wire::ParseReply;
 
+use self::figures::{Figures, FitFigures, GridFigures, TriggerFigures, WindowFigures};
 use super::{Resident, Spread};
 use crate::acquire::parser::{Parser, ParserError};
 use crate::acquire::read_bounded;
@@ -117,158 +119,6 @@ pub(super) enum FrontError {
     Triggers(#[from] LatencyError),
     #[error("cannot write to standard output")]
     Say(#[source] std::io::Error),
-}
-
-/// The front end's figures.
-#[derive(Debug, Serialize)]
-pub(super) struct Figures {
-    software: &'static str,
-    /// Processors of this machine.
-    processors: usize,
-    grids: Vec<GridFigures>,
-    fit: FitFigures,
-    triggers: Option<TriggerFigures>,
-}
-
-/// One grid's figures.
-#[derive(Debug, Serialize)]
-struct GridFigures {
-    /// Columns, rows, slices.
-    grid: [usize; 3],
-    voxel_mm: [f64; 3],
-    volumes: u32,
-    mask_voxels: usize,
-    file_bytes: u64,
-    /// Where the files came from.
-    source: &'static str,
-    /// The run's first volume made the reference, once.
-    reference_ms: f64,
-    /// The furthest that the head was found from it.
-    moved_mm: f64,
-    /// File in, masked voxels and quality out.
-    total: Spread,
-    /// What both processes computed for that.
-    processor: Spread,
-    read: Spread,
-    /// To the parser, there, and back as a volume.
-    parse: Spread,
-    realign: Spread,
-    sample: Spread,
-    quality: Spread,
-    first: WindowFigures,
-    last: WindowFigures,
-}
-
-/// Some volumes in a row, and memory after them.
-#[derive(Clone, Copy, Debug, Serialize)]
-struct WindowFigures {
-    volumes: usize,
-    total: Spread,
-    processor: Spread,
-    resident: Resident,
-    parser_resident: Resident,
-}
-
-impl fmt::Display for WindowFigures {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        #[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
-        let megabytes = |resident: Resident| resident.anonymous as f64 / 1e6;
-        write!(
-            f,
-            "median {:.3} ms, {:.3} ms of the processor; then {:.1} MB resident, the parser {:.1} MB",
-            self.total.median_ms,
-            self.processor.median_ms,
-            megabytes(self.resident),
-            megabytes(self.parser_resident)
-        )
-    }
-}
-
-/// A table's row.
-fn row(f: &mut fmt::Formatter<'_>, name: &str, spread: Spread) -> fmt::Result {
-    writeln!(f, "  {name:<34} {spread}")
-}
-
-impl fmt::Display for GridFigures {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [columns, rows, slices] = self.grid;
-        let [x, y, z] = self.voxel_mm;
-        writeln!(
-            f,
-            "{columns}x{rows}x{slices}, voxels of {x:.2} x {y:.2} x {z:.2} mm, {} volumes, {} kB a file, {} \
-             voxels of the mask; ms",
-            self.volumes,
-            self.file_bytes / 1000,
-            self.mask_voxels
-        )?;
-        writeln!(
-            f,
-            "  {:<34} {:>10} {:>10} {:>10}",
-            "", "median", "p99", "max"
-        )?;
-        row(f, "file read", self.read)?;
-        row(f, "parser, there and back", self.parse)?;
-        row(f, "realigned", self.realign)?;
-        row(f, "sampled at the mask", self.sample)?;
-        row(f, "judged", self.quality)?;
-        row(f, "file in, voxels out", self.total)?;
-        row(f, "  processor, both processes", self.processor)?;
-        writeln!(f, "  first {} volumes: {}", self.first.volumes, self.first)?;
-        writeln!(f, "  last {} volumes: {}", self.last.volumes, self.last)?;
-        write!(
-            f,
-            "  the reference once {:.1} ms; the head was found up to {:.2} mm from it",
-            self.reference_ms, self.moved_mm
-        )
-    }
-}
-
-/// One trial's fit.
-#[derive(Debug, Serialize)]
-struct FitFigures {
-    volumes: usize,
-    voxels: usize,
-    trials: usize,
-    ols: Spread,
-    ols_processor: Spread,
-    ar1: Spread,
-    ar1_processor: Spread,
-}
-
-impl fmt::Display for FitFigures {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "one trial's fit: {} volumes, {} voxels, {} trials; ms",
-            self.volumes, self.voxels, self.trials
-        )?;
-        row(f, "OLS", self.ols)?;
-        row(f, "  processor", self.ols_processor)?;
-        row(f, "AR(1)", self.ar1)?;
-        write!(f, "  {:<34} {}", "  processor", self.ar1_processor)
-    }
-}
-
-/// How late stamps are.
-#[derive(Debug, Serialize)]
-struct TriggerFigures {
-    pulses: usize,
-    busy_threads: u32,
-    /// The stamping thread had FIFO scheduling.
-    fifo: bool,
-    late: Spread,
-}
-
-impl fmt::Display for TriggerFigures {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let scheduling = if self.fifo { "FIFO" } else { "normal" };
-        writeln!(
-            f,
-            "trigger stamps: {} pulses, {} busy threads, {scheduling} scheduling; ms",
-            self.pulses, self.busy_threads
-        )?;
-        write!(f, "  {:<34} {}", "late", self.late)
-    }
 }
 
 /// Measures; each table is said when it is known.
