@@ -17,7 +17,7 @@ use rtfmri::glm::{
     DecodeTime, DecodeTimes, Design, GlmError, GlmSettings, Hrf, Noise, RunLength, TrialFit,
     volumes_needed,
 };
-use rtfmri::nifti_run::NiftiRun;
+use rtfmri::nifti::SeriesReader;
 use rtfmri::zscore::{RepeatAverage, RunningZScore, ZScoreError};
 use rtfmri::{Mask, MaskError, NiftiError, PatientTag, SeriesUid, Volume, VolumeHeader};
 
@@ -577,14 +577,18 @@ fn nifti(path: &Path, mask: Option<&Path>) -> Result<Array2<f64>, BetasError> {
         path: path.into(),
         source,
     };
-    let run = NiftiRun::read(read(path, MAX_BYTES)?).map_err(wrong)?;
-    let first = run.volume(0).map_err(wrong)?;
+    let bytes = read(path, MAX_BYTES)?;
+    let open = || SeriesReader::open(&bytes).map_err(wrong);
+    let volumes = open()?.volumes();
+    let missing = || wrong(NiftiError::NotNifti);
+    let first = open()?.read_image().ok_or_else(missing)?.map_err(wrong)?;
     let places = match mask {
         Some(mask) => masked(mask, &first)?,
         None => {
             let mut above: Vec<bool> = first.values.iter().map(|value| *value > 0.0).collect();
-            for volume in 1..run.volumes() {
-                let image = run.volume(volume).map_err(wrong)?;
+            let mut run = open()?;
+            while let Some(image) = run.read_image() {
+                let image = image.map_err(wrong)?;
                 for (above, value) in above.iter_mut().zip(&image.values) {
                     *above &= *value > 0.0;
                 }
@@ -598,20 +602,21 @@ fn nifti(path: &Path, mask: Option<&Path>) -> Result<Array2<f64>, BetasError> {
             message: "expected voxels above zero, found none".into(),
         });
     }
-    if places.len().saturating_mul(run.volumes()) > MAX_VALUES {
+    if places.len().saturating_mul(volumes) > MAX_VALUES {
         return Err(BetasError::Content {
             path: path.into(),
             message: format!(
                 "{} voxels of {} volumes are too many, expected at most {MAX_VALUES} values: give \
                  a --mask",
                 places.len(),
-                run.volumes()
+                volumes
             ),
         });
     }
-    let mut values = Array2::zeros((run.volumes(), places.len()));
-    for (volume, mut row) in values.rows_mut().into_iter().enumerate() {
-        let image = run.volume(volume).map_err(wrong)?;
+    let mut values = Array2::zeros((volumes, places.len()));
+    let mut run = open()?;
+    for mut row in values.rows_mut() {
+        let image = run.read_image().ok_or_else(missing)?.map_err(wrong)?;
         let image = image.values.as_standard_layout();
         let image = image.as_slice().unwrap_or_default();
         for (value, &place) in row.iter_mut().zip(&places) {

@@ -7,9 +7,9 @@ use std::process::ExitCode;
 
 use clap::Args;
 use ndarray::ArrayView1;
-use rtfmri::bold::Bold;
 use rtfmri::interpolation::{Interpolation, InterpolationError};
 use rtfmri::motion::{MotionError, Realigner, Rigid};
+use rtfmri::nifti::SeriesReader;
 use rtfmri::quality::{Monitor, Quality, QualitySettings, Signal};
 use rtfmri::{NiftiError, Volume};
 use serde::Serialize;
@@ -26,7 +26,7 @@ const CONVENTION: &str = "y = M x, RAS millimetres: M takes a head point from it
 
 /// Realign every volume of a run and write where the head was, as JSON
 ///
-/// BOLD is a 4-D NIfTI-1 file (.nii or .nii.gz). Every volume is realigned to one of them, the
+/// BOLD is a 4-D NIfTI file (.nii or .nii.gz). Every volume is realigned to one of them, the
 /// first unless --reference says otherwise, by the code that runs during a session, and judged:
 /// framewise displacement, DVARS over the head, running tSNR, spikes and slow drift.
 ///
@@ -44,7 +44,7 @@ const CONVENTION: &str = "y = M x, RAS millimetres: M takes a head point from it
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Arguments {
-    /// The run: a 4-D NIfTI-1 file, .nii or .nii.gz
+    /// The run: a 4-D NIfTI file, .nii or .nii.gz
     bold: PathBuf,
     /// Where the JSON goes; an older one is replaced once the new one is whole
     #[arg(long)]
@@ -335,8 +335,8 @@ fn say_progress(done: usize, volumes: usize) {
     }
 }
 
-fn open<'b>(path: &Path, bytes: &'b [u8]) -> Result<Bold<'b>, CommandError> {
-    Bold::open(bytes).map_err(|source| CommandError::Bold {
+fn open<'b>(path: &Path, bytes: &'b [u8]) -> Result<SeriesReader<'b>, CommandError> {
+    SeriesReader::open(bytes).map_err(|source| CommandError::Bold {
         path: path.into(),
         source,
     })

@@ -8,7 +8,6 @@
 //! There is no file, no clock and no thread in this crate.
 
 pub mod assembly;
-pub mod bold;
 pub mod confounds;
 pub mod dicom;
 pub mod enhanced;
@@ -19,7 +18,6 @@ pub mod mask;
 pub mod mosaic;
 pub mod motion;
 pub mod nifti;
-pub mod nifti_run;
 pub mod quality;
 pub mod registration;
 pub mod resample;

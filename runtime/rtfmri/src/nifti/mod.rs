@@ -7,6 +7,7 @@
 //! how many of its volumes are there.
 
 mod header;
+mod series;
 mod write;
 
 use std::io::{self, Read};
@@ -16,6 +17,7 @@ use ndarray::Array3;
 
 pub use self::header::Header;
 use self::header::{NIFTI1_BYTES, NIFTI2_BYTES};
+pub use self::series::SeriesReader;
 pub use self::write::{SeriesHeader, SeriesWriter, Stored, write};
 use crate::volume::{Affine, PatientTag, SeriesUid, Volume, VolumeHeader};
 
@@ -172,16 +174,7 @@ pub fn read(bytes: &[u8]) -> Result<Image, NiftiError> {
         });
     }
     let values = values(&header, &mut source, 0, |value| value)?;
-    let [ni, nj, nk] = header.shape;
-    let image = Array3::from_shape_vec((nk, nj, ni), values);
-    Ok(Image {
-        values: image
-            .map_err(|_| NiftiError::NotNifti)?
-            .reversed_axes()
-            .as_standard_layout()
-            .into_owned(),
-        affine_ras: header.affine_ras,
-    })
+    image(&header, values)
 }
 
 /// Reads one volume of an image, packed or not, with the image's header.
@@ -212,13 +205,19 @@ pub fn read_volume(bytes: &[u8], index: usize) -> Result<(Header, Volume), Nifti
     if let Some(index) = values.iter().position(|value: &f32| !value.is_finite()) {
         return Err(NiftiError::NotFinite { index });
     }
+    let volume = volume(&header, values, index)?;
+    Ok((header, volume))
+}
+
+/// One volume's values in the file's order as a volume.
+fn volume(header: &Header, values: Vec<f32>, index: usize) -> Result<Volume, NiftiError> {
     let [ni, nj, nk] = header.shape;
     let voxels = Array3::from_shape_vec((nk, nj, ni), values).map_err(|_| NiftiError::NotNifti)?;
     let mut affine_lps = header.affine_ras;
     for row in &mut affine_lps[..2] {
         *row = row.map(|value| -value);
     }
-    let volume = Volume {
+    Ok(Volume {
         voxels,
         affine_lps,
         header: VolumeHeader {
@@ -230,8 +229,21 @@ pub fn read_volume(bytes: &[u8], index: usize) -> Result<(Header, Volume), Nifti
             slice_times_ms: None,
             time_ms: None,
         },
-    };
-    Ok((header, volume))
+    })
+}
+
+/// One volume's values in the file's order as an image.
+fn image(header: &Header, values: Vec<f64>) -> Result<Image, NiftiError> {
+    let [ni, nj, nk] = header.shape;
+    let image = Array3::from_shape_vec((nk, nj, ni), values);
+    Ok(Image {
+        values: image
+            .map_err(|_| NiftiError::NotNifti)?
+            .reversed_axes()
+            .as_standard_layout()
+            .into_owned(),
+        affine_ras: header.affine_ras,
+    })
 }
 
 /// The header, and the source where the first value begins.
