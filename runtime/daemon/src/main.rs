@@ -18,6 +18,7 @@ mod record;
 mod replay;
 mod roles;
 mod sandbox;
+mod session;
 mod settings;
 mod show;
 mod simulate;
@@ -56,6 +57,7 @@ enum Command {
     Reconstruct(reconstruct::Arguments),
     /// Run a recorded session again and compare: same betas to the bit, same pictures to the byte
     Replay(replay::Arguments),
+    Session(session::Arguments),
     Betas(betas::Arguments),
     Motion(motion::Arguments),
     /// Turn a folder of scanner files into NIfTI images with their times, offline
@@ -98,6 +100,7 @@ fn main() -> ExitCode {
         Command::Simulate(arguments) => simulate::main(&arguments),
         Command::Reconstruct(arguments) => reconstruct::main(&arguments),
         Command::Replay(arguments) => replay::main(&arguments),
+        Command::Session(arguments) => session::main(&arguments),
         Command::Betas(arguments) => betas::main(&arguments),
         Command::Motion(arguments) => motion::main(&arguments),
         Command::Volumes(arguments) => volumes::main(&arguments),

@@ -52,7 +52,7 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Debug, thiserror::Error)]
-enum ReplayError {
+pub(crate) enum ReplayError {
     #[error("{path} is not a session's folder: expected session.json in it")]
     NoSession { path: PathBuf },
     #[error(transparent)]
@@ -122,12 +122,7 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
 }
 
 fn replay(arguments: &Arguments) -> Result<bool, ReplayError> {
-    let session: SessionFile =
-        record::read_json(&arguments.session.join("session.json")).map_err(|_| {
-            ReplayError::NoSession {
-                path: arguments.session.clone(),
-            }
-        })?;
+    let session = session_file(&arguments.session)?;
     let mut tally = Tally::default();
     let mut trials = Vec::new();
     for (index, dir) in runs(&arguments.session)? {
@@ -152,8 +147,18 @@ fn replay(arguments: &Arguments) -> Result<bool, ReplayError> {
     Ok(tally.differences.is_empty())
 }
 
+/// What a session's folder says of the session.
+///
+/// # Errors
+/// [`ReplayError::NoSession`].
+pub(crate) fn session_file(session: &Path) -> Result<SessionFile, ReplayError> {
+    record::read_json(&session.join("session.json")).map_err(|_| ReplayError::NoSession {
+        path: session.to_path_buf(),
+    })
+}
+
 /// The recorded runs, by number.
-fn runs(session: &Path) -> Result<BTreeMap<u32, PathBuf>, ReplayError> {
+pub(crate) fn runs(session: &Path) -> Result<BTreeMap<u32, PathBuf>, ReplayError> {
     let dir = session.join("runs");
     let read = |source| ReplayError::Read {
         path: dir.clone(),
@@ -200,7 +205,7 @@ fn replay_run(
 }
 
 /// The events as they were when the run began; none where they could not be used.
-fn read_events(dir: &Path) -> Result<Vec<events::Event>, ReplayError> {
+pub(crate) fn read_events(dir: &Path) -> Result<Vec<events::Event>, ReplayError> {
     let path = dir.join("events.tsv");
     if !path.exists() {
         return Ok(Vec::new());

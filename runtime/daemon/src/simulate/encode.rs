@@ -1,9 +1,10 @@
-//! A volume as a file of the format that was asked for.
+//! A volume as the files of the format that was asked for.
 
 use clap::ValueEnum;
 use rtfmri::Volume;
 use rtfmri::enhanced;
 use rtfmri::mosaic::{self, MosaicError};
+use rtfmri::slices::{self, SliceVendor};
 use rtfmri::volume::Affine;
 
 use super::noise::single;
@@ -21,6 +22,10 @@ pub(super) enum Format {
     Mosaic,
     /// One DICOM file per volume, enhanced multi-frame (Siemens XA)
     Xa,
+    /// One DICOM file per slice, GE classic
+    Ge,
+    /// One DICOM file per slice, Philips classic
+    Philips,
     /// One NIfTI file per volume
     Nifti,
     /// One NIfTI file per series that grows by a volume at a time
@@ -31,7 +36,7 @@ impl Format {
     /// Ending of a file's name.
     pub(super) fn ending(self) -> &'static str {
         match self {
-            Format::Mosaic | Format::Xa => "dcm",
+            Format::Mosaic | Format::Xa | Format::Ge | Format::Philips => "dcm",
             Format::Nifti | Format::Nifti4d => "nii",
         }
     }
@@ -39,8 +44,16 @@ impl Format {
     /// It has a header with times, and can be sent by C-STORE.
     pub(super) fn is_dicom(self) -> bool {
         match self {
-            Format::Mosaic | Format::Xa => true,
+            Format::Mosaic | Format::Xa | Format::Ge | Format::Philips => true,
             Format::Nifti | Format::Nifti4d => false,
+        }
+    }
+
+    /// A file holds a slice and not a volume.
+    pub(super) fn is_sliced(self) -> bool {
+        match self {
+            Format::Ge | Format::Philips => true,
+            Format::Mosaic | Format::Xa | Format::Nifti | Format::Nifti4d => false,
         }
     }
 }
@@ -48,7 +61,7 @@ impl Format {
 /// Why a volume has no file.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum EncodeError {
-    /// The mosaic, or the enhanced file.
+    /// The mosaic, the enhanced file or the slices.
     #[error(transparent)]
     Mosaic(#[from] MosaicError),
     /// The header's times.
@@ -59,18 +72,27 @@ pub(super) enum EncodeError {
     Side(usize),
 }
 
-/// Encodes one volume; of a growing file, what its first volume makes.
+/// Encodes one volume: a file, or one for each slice; of a growing file, what its first volume makes.
 pub(super) fn encode(
     format: Format,
     volume: &Volume,
     stamp: &Stamp,
-) -> Result<Vec<u8>, EncodeError> {
-    match format {
-        Format::Mosaic => Ok(stamp.put(&mosaic::encode(volume)?)?),
-        Format::Xa => Ok(stamp.put(&enhanced::encode(volume)?)?),
-        Format::Nifti => nifti(volume, 3),
-        Format::Nifti4d => nifti(volume, 4),
-    }
+) -> Result<Vec<Vec<u8>>, EncodeError> {
+    let sliced = |vendor| {
+        let files = slices::encode(volume, vendor)?;
+        files
+            .iter()
+            .map(|file| Ok(stamp.put(file)?))
+            .collect::<Result<Vec<_>, EncodeError>>()
+    };
+    Ok(match format {
+        Format::Mosaic => vec![stamp.put(&mosaic::encode(volume)?)?],
+        Format::Xa => vec![stamp.put(&enhanced::encode(volume)?)?],
+        Format::Ge => sliced(SliceVendor::Ge)?,
+        Format::Philips => sliced(SliceVendor::Philips)?,
+        Format::Nifti => vec![nifti(volume, 3)?],
+        Format::Nifti4d => vec![nifti(volume, 4)?],
+    })
 }
 
 /// A NIfTI-1 file of one volume, 16 bits without sign.
@@ -167,13 +189,13 @@ mod tests {
             description: "",
             patient: None,
         };
-        let image = nifti::read(&encode(Format::Nifti, &volume, &stamp).unwrap()).unwrap();
+        let image = nifti::read(&encode(Format::Nifti, &volume, &stamp).unwrap()[0]).unwrap();
         assert_eq!(image.affine_ras, ras(&volume.affine_lps));
         for ((i, j, k), value) in image.values.indexed_iter() {
             assert!((value - f64::from(volume.voxels[[k, j, i]])).abs() < 1e-9);
         }
         let growing = encode(Format::Nifti4d, &volume, &stamp).unwrap();
-        assert_eq!(nifti::read(&growing).unwrap(), image);
-        assert_eq!(nifti_values(&growing).len(), 10 * 12 * 8 * 2);
+        assert_eq!(nifti::read(&growing[0]).unwrap(), image);
+        assert_eq!(nifti_values(&growing[0]).len(), 10 * 12 * 8 * 2);
     }
 }

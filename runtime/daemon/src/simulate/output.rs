@@ -26,7 +26,7 @@ pub(super) enum OutputError {
     Store(#[from] StoreError),
 }
 
-/// One volume on its way.
+/// One file on its way: a volume, or a slice of one.
 #[derive(Debug)]
 pub(super) struct Parcel {
     /// A file's name.
@@ -48,7 +48,7 @@ pub(super) enum Output {
 }
 
 impl Output {
-    /// Sends one volume.
+    /// Sends one file.
     pub(super) fn deliver(&mut self, parcel: &Parcel) -> Result<(), OutputError> {
         match self {
             Output::Folder(dir) => {

@@ -192,7 +192,7 @@ impl Session {
             drift_ppm: 0.0,
         };
         let source = Source::Files(files);
-        let named = |delivery: &Delivery| name(&source, arguments.format, delivery);
+        let named = |delivery: &Delivery| name(&source, arguments.format, delivery, "*");
         let truth = of_any_source(arguments, &timeline, &header_clock, named);
         Ok(Session {
             source,
@@ -307,7 +307,7 @@ impl Session {
             uids.clone(),
             &poses,
         )));
-        let named = |delivery: &Delivery| name(&source, arguments.format, delivery);
+        let named = |delivery: &Delivery| name(&source, arguments.format, delivery, "*");
         let mut truth = of_any_source(arguments, &timeline, &header_clock, named);
         truth.head = Some(head);
         truth.responses = response_truth;
@@ -403,15 +403,17 @@ impl Session {
                 .iter()
                 .take(READY_AT_ONCE)
                 .take_while(|delivery| delivery.at_s <= next.at_s);
-            let parcels: Result<Vec<Parcel>, _> =
-                at_once.map(|delivery| self.parcel(delivery)).collect();
+            let ready: Result<Vec<Vec<Parcel>>, _> =
+                at_once.map(|delivery| self.parcels(delivery)).collect();
             let over_s = clock.wait_until(next.at_s);
             if over_s > LATE_S {
                 late += 1;
                 latest_s = latest_s.max(over_s);
             }
-            for parcel in parcels? {
-                output.deliver(&parcel)?;
+            for parcels in ready? {
+                for parcel in &parcels {
+                    output.deliver(parcel)?;
+                }
                 done += 1;
                 progress(done, deliveries.len());
             }
@@ -425,13 +427,12 @@ impl Session {
         Ok(())
     }
 
-    /// The file of one delivery.
-    pub(super) fn parcel(&mut self, delivery: &Delivery) -> Result<Parcel, SimulateError> {
-        let name = name(&self.source, self.format, delivery);
-        let bytes = match &mut self.source {
+    /// The files of one delivery: one, or one for each slice.
+    pub(super) fn parcels(&mut self, delivery: &Delivery) -> Result<Vec<Parcel>, SimulateError> {
+        let files = match &mut self.source {
             Source::Files(files) => {
                 let file = &files[delivery.volume - 1];
-                fs::read(file).map_err(io(file))?
+                vec![fs::read(file).map_err(io(file))?]
             }
             Source::Scanner(scanner) => {
                 let mut volume = scanner.volume(delivery)?;
@@ -458,11 +459,16 @@ impl Session {
                 })?
             }
         };
-        Ok(Parcel {
-            name,
-            bytes,
-            kept_share: delivery.kept_share,
-        })
+        let last = files.len();
+        Ok((1..)
+            .zip(files)
+            .map(|(slice, bytes)| Parcel {
+                name: name(&self.source, self.format, delivery, &format!("{slice:03}")),
+                bytes,
+                // Of a volume that is cut short, the last slice is.
+                kept_share: delivery.kept_share.filter(|_| slice == last),
+            })
+            .collect())
     }
 
     /// What leaves, in its order.
@@ -541,7 +547,9 @@ fn poses(arguments: &Arguments, timeline: &Timeline) -> Result<Vec<Vec<Pose>>, P
 }
 
 /// What a file is called: series and volume, or its own name where it had one.
-fn name(source: &Source, format: Format, delivery: &Delivery) -> String {
+///
+/// - `slice`: which slice of the volume, where it has a file for each.
+fn name(source: &Source, format: Format, delivery: &Delivery, slice: &str) -> String {
     let again = if delivery.again { "again-" } else { "" };
     match source {
         Source::Files(files) => {
@@ -552,6 +560,9 @@ fn name(source: &Source, format: Format, delivery: &Delivery) -> String {
             let (series, volume) = (delivery.series + 1, delivery.volume);
             match format {
                 Format::Nifti4d => format!("{series:03}.{}", format.ending()),
+                _ if format.is_sliced() => {
+                    format!("{again}{series:03}_{volume:06}_{slice}.{}", format.ending())
+                }
                 _ => format!("{again}{series:03}_{volume:06}.{}", format.ending()),
             }
         }

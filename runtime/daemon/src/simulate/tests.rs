@@ -4,6 +4,8 @@ use std::str::FromStr;
 
 use clap::Parser;
 use ndarray::{Array1, Array2, ArrayView1, s};
+use rtfmri::assembly::{Added, Assembler, Limits};
+use rtfmri::dicom::Image;
 use rtfmri::events::Event;
 use rtfmri::glm::{GlmSettings, Hrf, Noise, fit_trial, volumes_needed};
 use rtfmri::volume::Affine;
@@ -37,8 +39,9 @@ fn arguments(words: &[&str]) -> Arguments {
 /// Every file, in the order in which it leaves.
 fn files(session: &mut Session) -> Vec<Vec<u8>> {
     let deliveries = session.deliveries();
-    let mut bytes = |delivery| session.parcel(delivery).unwrap().bytes;
-    deliveries.iter().map(&mut bytes).collect()
+    let mut parcels = |delivery| session.parcels(delivery).unwrap();
+    let all = deliveries.iter().flat_map(&mut parcels);
+    all.map(|parcel| parcel.bytes).collect()
 }
 
 fn decoded(session: &mut Session) -> Vec<Volume> {
@@ -291,6 +294,37 @@ fn enhanced_files_hold_the_same_volumes_as_mosaics() {
             .zip(xa.affine_lps.iter().flatten())
         {
             assert!((a - b).abs() < 1e-3, "{a} and {b}");
+        }
+    }
+}
+
+#[test]
+fn slices_of_both_vendors_hold_the_same_volumes_as_mosaics() {
+    let files_of = |format: &str| {
+        let words: Vec<&str> = SMALL.iter().copied().chain(["--format", format]).collect();
+        files(&mut Session::of(&arguments(&words)).unwrap())
+    };
+    let mosaics = files_of("mosaic");
+    for format in ["ge", "philips"] {
+        let slices = files_of(format);
+        assert_eq!(slices.len(), 12 * mosaics.len());
+        let mut assembler = Assembler::new(Limits::default());
+        let mut volumes = Vec::new();
+        for slice in &slices {
+            let Ok(Image::Slice(slice)) = dicom::decode(slice) else {
+                panic!("{format}: no slice");
+            };
+            if let Added::Complete(volume) = assembler.add(slice).unwrap() {
+                volumes.push(*volume);
+            }
+        }
+        assert_eq!(volumes.len(), mosaics.len(), "{format}");
+        for (mosaic, volume) in mosaics.iter().zip(&volumes) {
+            let mosaic = dicom::decode_volume(mosaic).unwrap();
+            assert_eq!(mosaic.voxels, volume.voxels, "{format}");
+            assert_eq!(mosaic.header.series_uid, volume.header.series_uid);
+            assert_eq!(mosaic.header.acquisition, volume.header.acquisition);
+            assert!((mosaic.header.tr_ms - volume.header.tr_ms).abs() < 1e-6);
         }
     }
 }

@@ -124,8 +124,9 @@ pub(super) struct VolumeTruth {
 #[derive(Debug, Serialize)]
 pub(super) struct ExportTruth {
     pub(super) at_s: f64,
+    /// The file's name; of a volume in slices with a `*` for the slice.
     pub(super) name: String,
-    /// How much of the file is there, where not all of it.
+    /// How much of the (last) file is there, where not all of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) kept_share: Option<f64>,
 }
