@@ -305,13 +305,19 @@ impl<'s> Daemon<'s> {
 
     /// The process of a role, where it runs: `acquire`, `decode`, `show`, or the parser `parse`.
     pub fn role(&mut self, role: &str) -> Option<i32> {
-        let below = descendants(self.pid());
+        self.roles(role).into_iter().next()
+    }
+
+    /// Every process of a role: there are two parsers, one of them in reserve.
+    pub fn roles(&mut self, role: &str) -> Vec<i32> {
+        let mut below = descendants(self.pid());
         self.seen.extend(&below);
-        below.into_iter().find(|&pid| {
+        below.retain(|&pid| {
             let words = arguments(pid);
             words.get(1).is_some_and(|word| word == "role")
                 && words.get(2).is_some_and(|word| word == role)
-        })
+        });
+        below
     }
 
     /// Kills the process of a role as nobody expects it, and returns which one it was.

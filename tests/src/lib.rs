@@ -4,6 +4,8 @@
 //! - [`material`]: checkpoints, bundles, keys and a simulated scanner's files, made once per process;
 //! - [`site`]: a folder with everything one box needs, and its settings;
 //! - [`daemon`]: `afterimage run` at such a site: its log, processes, pages and end;
+//! - [`simulator`]: `afterimage simulate` beside a daemon;
+//! - [`record`]: what a recorded session holds, as `afterimage session show` says it;
 //! - [`scanner`]: files that arrive in the watched folder one after the other;
 //! - [`numbers`]: arrays on disk and how alike they are.
 //!
@@ -14,7 +16,9 @@ pub mod daemon;
 pub mod material;
 pub mod numbers;
 pub mod program;
+pub mod record;
 pub mod scanner;
+pub mod simulator;
 pub mod site;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -203,9 +203,7 @@ fn report(dir: &Path) -> Result<Report, ShowError> {
         let mut entries = run::entries(&dir)?.into_iter();
         if let Some(RunEntry::Began(began)) = entries.next() {
             let events = replay::read_events(&dir)?;
-            report
-                .runs
-                .push(run_report(index, began, events, entries));
+            report.runs.push(run_report(index, began, events, entries));
         }
     }
     Ok(report)
