@@ -1,10 +1,11 @@
 //! NIfTI images in the watched folder: one file per volume, or one file that grows.
 //!
-//! A file of one volume is numbered by the last number of its name. A growing `.nii` is read volume by
-//! volume: each time it has grown, the header and the new volumes' bytes go to the parser, nothing
-//! is read twice. Packed files cannot be read from the middle and hold one volume.
+//! A file of one volume is numbered by the last number of its name. A growing `.nii` begins with one
+//! volume too: the first file of a series is held until it grows or another one shows what it is. It is
+//! read volume by volume: each time it has grown, the header and the new volumes' bytes go to the
+//! parser, nothing is read twice. Packed files cannot be read from the middle and hold one volume.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -20,6 +21,10 @@ use crate::logging::chain;
 const HEAD_BYTES: u64 = 4096;
 /// Series and growing files that are remembered.
 const MAX_KNOWN: usize = 4096;
+/// First volumes that are held at a time; each may be large.
+const MAX_HELD: usize = 4;
+/// A file that has not grown for so many TR holds one volume for good.
+const HELD_TR: f64 = 3.0;
 
 /// Whether a file is one by its name.
 pub(crate) fn is_image(path: &Path) -> bool {
@@ -41,6 +46,25 @@ pub(crate) struct Images {
     handed_on: BTreeMap<PathBuf, u64>,
     /// The number that the first volume's name has, 0 or 1, by series.
     base: BTreeMap<[u8; 16], u32>,
+    /// Files of one volume of which nothing tells yet whether they grow.
+    held: VecDeque<Held>,
+}
+
+/// A file of one volume, and the volume.
+struct Held {
+    found: Found,
+    volume: VolumeMessage,
+}
+
+impl Held {
+    fn series(&self) -> Option<[u8; 16]> {
+        series_of(&self.found.path).map(|(series, _)| series)
+    }
+
+    fn is_over(&self) -> bool {
+        let waited_ms = self.found.noticed.elapsed().as_secs_f64() * 1e3;
+        waited_ms > HELD_TR * self.volume.tr_ms
+    }
 }
 
 /// A reply and the file it belongs to; `false` ends the reading.
@@ -53,7 +77,26 @@ impl Images {
             tr_ms,
             handed_on: BTreeMap::new(),
             base: BTreeMap::new(),
+            held: VecDeque::new(),
         }
+    }
+
+    /// Tells the volumes that have been held long enough; `false` where nobody listens any more.
+    pub(crate) fn let_go(&mut self, tell: Tell<'_>) -> bool {
+        while self.held.front().is_some_and(Held::is_over) {
+            if !self.let_go_of_first(tell) {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn let_go_of_first(&mut self, tell: Tell<'_>) -> bool {
+        let Some(held) = self.held.pop_front() else {
+            return true;
+        };
+        let volume = self.numbered(held.volume, &held.found.path);
+        tell(held.found, volume.map(ParseReply::Volume))
     }
 
     /// Reads what is new of a file and tells each volume; `false` where nobody listens any more.
@@ -102,8 +145,7 @@ impl Images {
                     ask(parser, &bytes)?.volume.ok_or("it is cut short")?
                 }
             };
-            let volume = self.numbered(volume, &found.path)?;
-            return Ok(tell(found.clone(), Ok(ParseReply::Volume(volume))));
+            return self.single(found, volume, tell);
         }
         if packed {
             return Err(
@@ -112,6 +154,35 @@ impl Images {
             );
         }
         self.grown(found, &image, &mut file, limit, parser, tell)
+    }
+
+    /// Tells a file's only volume, or holds it where it may be the first of a file that grows.
+    fn single(
+        &mut self,
+        found: &Found,
+        volume: VolumeMessage,
+        tell: Tell<'_>,
+    ) -> Result<bool, String> {
+        let volume = self.with_tr(volume)?;
+        self.held.retain(|held| held.found.path != found.path);
+        let series = series_of(&found.path).map(|(series, _)| series);
+        let mut listening = true;
+        // What a second file of its series shows is no beginning of a growing one.
+        while series.is_some() && self.held.iter().any(|held| held.series() == series) {
+            listening &= self.let_go_of_first(tell);
+        }
+        if is_packed(&found.path) || series.is_some_and(|series| self.base.contains_key(&series)) {
+            let volume = self.numbered(volume, &found.path)?;
+            return Ok(listening && tell(found.clone(), Ok(ParseReply::Volume(volume))));
+        }
+        if self.held.len() >= MAX_HELD {
+            listening &= self.let_go_of_first(tell);
+        }
+        self.held.push_back(Held {
+            found: found.clone(),
+            volume,
+        });
+        Ok(listening)
     }
 
     /// Hands on the volumes that a growing file has got since the last time.
@@ -140,6 +211,12 @@ impl Images {
         let from = if from > complete { 0 } else { from };
         let head = read_at(file, 0, image.start)?;
         let series = hash(b"growing image", &found.path, "");
+        // Its first volume came when it was first seen.
+        let first = self
+            .held
+            .iter()
+            .position(|held| held.found.path == found.path);
+        let first = first.and_then(|first| self.held.remove(first));
         for index in from..complete {
             let mut bytes = head.clone();
             let at = image.start + index * volume_bytes;
@@ -152,7 +229,8 @@ impl Images {
             let mut id = Sha256::new();
             id.update(series);
             id.update(index.to_le_bytes());
-            let mut part = found.clone();
+            let came = first.as_ref().filter(|_| index == 0);
+            let mut part = came.map_or(found, |first| &first.found).clone();
             part.id.copy_from_slice(&id.finalize()[..16]);
             if !tell(part, Ok(ParseReply::Volume(volume))) {
                 return Ok(false);
@@ -163,15 +241,18 @@ impl Images {
 
     /// A volume of its own file: its series is what the names have in common.
     fn numbered(&mut self, volume: VolumeMessage, path: &Path) -> Result<VolumeMessage, String> {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let (prefix, number) =
-            last_number(&name).ok_or("its name holds no number, expected the volume's")?;
-        let folder = path.parent().unwrap_or(path);
-        let series = hash(b"image", folder, prefix);
+        let (series, number) =
+            series_of(path).ok_or("its name holds no number, expected the volume's")?;
         if self.base.len() >= MAX_KNOWN && !self.base.contains_key(&series) {
             return Err(format!("{MAX_KNOWN} series of images came already"));
         }
-        let base = *self.base.entry(series).or_insert(number.min(1));
+        // After a restart the first that comes is not the first that came.
+        let base = if number > 0 && named_zero(path).is_some_and(|zero| zero.exists()) {
+            0
+        } else {
+            number.min(1)
+        };
+        let base = *self.base.entry(series).or_insert(base);
         let number = (number + 1)
             .checked_sub(base)
             .filter(|number| *number > 0)
@@ -190,6 +271,26 @@ impl Images {
         }
         Ok(volume)
     }
+}
+
+/// The series of a file of one volume, what the names have in common, and its number in it.
+fn series_of(path: &Path) -> Option<([u8; 16], u32)> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let (prefix, number) = last_number(&name)?;
+    let folder = path.parent().unwrap_or(path);
+    Some((hash(b"image", folder, prefix), number))
+}
+
+/// The file of its series whose number is 0.
+fn named_zero(path: &Path) -> Option<PathBuf> {
+    let name = path.file_name()?.to_str()?;
+    let (prefix, _) = last_number(name)?;
+    let digits = name.get(prefix.len()..)?;
+    let end = digits
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(digits.len());
+    let zero = format!("{prefix}{}{}", "0".repeat(end), digits.get(end..)?);
+    Some(path.with_file_name(zero))
 }
 
 fn ask(parser: &mut Parser, bytes: &[u8]) -> Result<ImageMessage, String> {
@@ -284,5 +385,63 @@ mod tests {
         assert!(late.is_err());
         let without_tr = Images::new(None).numbered(volume(), Path::new("/in/c_1.nii"));
         assert!(without_tr.unwrap_err().contains("scanner.tr_ms"));
+    }
+
+    fn found(path: &Path) -> Found {
+        Found {
+            path: path.into(),
+            id: [0; 16],
+            len_bytes: 0,
+            changed_ms: 0,
+            noticed: std::time::Instant::now(),
+            spooled: None,
+        }
+    }
+
+    #[test]
+    fn the_first_file_of_a_series_is_told_with_the_second_or_when_it_has_not_grown() {
+        let mut images = Images::new(Some(10.0));
+        let mut told = Vec::new();
+        let mut single = |images: &mut Images, name: &str| {
+            let mut tell = |file: Found, reply: Result<ParseReply, String>| {
+                let number = match reply {
+                    Ok(ParseReply::Volume(volume)) => Ok(volume.number),
+                    other => Err(format!("{other:?}")),
+                };
+                told.push((file.path, number));
+                true
+            };
+            let path = Path::new(name);
+            assert!(images.single(&found(path), volume(), &mut tell).unwrap());
+            told.len()
+        };
+        assert_eq!(single(&mut images, "/in/a_1.nii"), 0);
+        // It came again and did not grow.
+        assert_eq!(single(&mut images, "/in/a_1.nii"), 0);
+        assert_eq!(single(&mut images, "/in/a_2.nii"), 2);
+        assert_eq!(single(&mut images, "/in/a_3.nii"), 3);
+        // Packed files do not grow.
+        assert_eq!(single(&mut images, "/in/c_1.nii.gz"), 4);
+        assert_eq!(single(&mut images, "/in/b.nii"), 4);
+        std::thread::sleep(std::time::Duration::from_millis(40));
+        let mut late = Vec::new();
+        assert!(images.let_go(&mut |file, reply| {
+            late.push((file.path, reply.is_err()));
+            true
+        }));
+        assert_eq!(late, [(PathBuf::from("/in/b.nii"), true)]);
+        let numbers: Vec<Result<u32, String>> = told.into_iter().map(|(_, n)| n).collect();
+        assert_eq!(numbers, [Ok(1), Ok(2), Ok(3), Ok(1)]);
+    }
+
+    #[test]
+    fn after_a_restart_a_series_from_nought_keeps_its_numbers() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("a_000.nii"), "").unwrap();
+        let mut images = Images::new(Some(1500.0));
+        let path = dir.path().join("a_030.nii");
+        assert_eq!(images.numbered(volume(), &path).unwrap().number, 31);
+        let other = dir.path().join("b_030.nii");
+        assert_eq!(images.numbered(volume(), &other).unwrap().number, 30);
     }
 }

@@ -22,7 +22,7 @@ pub(crate) enum ParserError {
     /// The child cannot be started; the file is not to blame.
     #[error("the parser cannot be started")]
     Start(#[source] io::Error),
-    /// A fresh child died over this file.
+    /// A child that was started for this file died over it.
     #[error("the parser died over it")]
     Died,
     /// The child took too long and was killed.
@@ -76,13 +76,13 @@ impl Parser {
 
     /// Has one file parsed.
     ///
-    /// A child that served before may have died of something else: the file gets a fresh one before
-    /// it is blamed.
+    /// A process that waited may have died of something else, the spare one unnoticed: a file is
+    /// blamed where one dies over it that was started for it.
     ///
     /// # Errors
     /// [`ParserError`] where the child cannot answer; the next file gets a new child.
     pub(crate) fn parse(&mut self, bytes: &[u8]) -> Result<ParseReply, ParserError> {
-        let answer = self.parse_once_or_twice(bytes);
+        let answer = self.parse_until_answered(bytes);
         if self.child.is_none() {
             self.child = self.spare.take();
         }
@@ -93,19 +93,16 @@ impl Parser {
         answer
     }
 
-    fn parse_once_or_twice(&mut self, bytes: &[u8]) -> Result<ParseReply, ParserError> {
-        if let Some(served) = self.child.take() {
-            match self.ask(served, bytes) {
+    fn parse_until_answered(&mut self, bytes: &[u8]) -> Result<ParseReply, ParserError> {
+        while let Some(waiting) = self.child.take().or_else(|| self.spare.take()) {
+            match self.ask(waiting, bytes) {
                 Err(ParserError::Died) => {
-                    tracing::warn!("the parser is gone, another one takes over")
+                    tracing::warn!("the parser is gone, another one takes over");
                 }
                 answer => return answer,
             }
         }
-        let fresh = match self.spare.take() {
-            Some(spare) => spare,
-            None => start(self.memory_bytes).map_err(ParserError::Start)?,
-        };
+        let fresh = start(self.memory_bytes).map_err(ParserError::Start)?;
         self.ask(fresh, bytes)
     }
 

@@ -9,7 +9,7 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 
 use wire::ParseReply;
@@ -128,23 +128,29 @@ pub(super) fn spawn_readers(
         .name("read".into())
         .spawn(move || {
             let mut images = Images::new(tr_ms);
-            for file in found {
-                let arrived_ms = arrival(&file);
+            let mut tell = |file: Found, reply| {
+                let read = ReadFile {
+                    arrived_ms: arrival(&file),
+                    file,
+                    reply,
+                    bytes: Vec::new(),
+                };
+                parsed.send(Event::Read(Box::new(read))).is_ok()
+            };
+            loop {
+                let file = match found.recv_timeout(TICK) {
+                    Ok(file) => file,
+                    Err(RecvTimeoutError::Disconnected) => return,
+                    Err(RecvTimeoutError::Timeout) if images.let_go(&mut tell) => continue,
+                    Err(RecvTimeoutError::Timeout) => return,
+                };
                 if images::is_image(&file.path) {
-                    let listening = images.read(&file, limit, &mut parser, &mut |file, reply| {
-                        let read = ReadFile {
-                            file,
-                            arrived_ms,
-                            reply,
-                            bytes: Vec::new(),
-                        };
-                        parsed.send(Event::Read(Box::new(read))).is_ok()
-                    });
-                    if listening {
+                    if images.read(&file, limit, &mut parser, &mut tell) {
                         continue;
                     }
                     return;
                 }
+                let arrived_ms = arrival(&file);
                 let (reply, bytes) = read_file(&file, limit, &mut parser, &reading);
                 let read = ReadFile {
                     file,
