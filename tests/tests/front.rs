@@ -62,7 +62,9 @@ fn frames(report: &Value, run: usize, name: &str) -> Vec<u64> {
 }
 
 /// Lets a simulated run of a format pass the daemon, and looks for its betas.
-fn recovers(format: &str) {
+///
+/// - `killed_after`: volumes after which acquisition is killed and taken up again.
+fn recovers(format: &str, killed_after: Option<usize>) {
     let _turn = one_at_a_time();
     let site = Site::of_phantom(signed(), phantom());
     let mut daemon = Daemon::start(&site);
@@ -71,6 +73,10 @@ fn recovers(format: &str) {
         &["--speed", SPEED, "--format", format],
         &[("--site", &phantom().site)],
     );
+    if let Some(volumes) = killed_after {
+        wait_for_volumes(&mut daemon, volumes);
+        daemon.kill_role("acquire");
+    }
     simulator.finish(&mut daemon);
     let session = site.session();
     wait_for_estimates(&mut daemon, &session, 1);
@@ -100,27 +106,42 @@ fn recovers(format: &str) {
 
 #[test]
 fn a_run_of_siemens_xa_files_is_recovered() {
-    recovers("xa");
+    recovers("xa", None);
 }
 
 #[test]
 fn a_run_of_ge_slices_is_recovered() {
-    recovers("ge");
+    recovers("ge", None);
 }
 
 #[test]
 fn a_run_of_philips_slices_is_recovered() {
-    recovers("philips");
+    recovers("philips", None);
 }
 
 #[test]
 fn a_run_of_one_nifti_file_per_volume_is_recovered() {
-    recovers("nifti");
+    recovers("nifti", None);
 }
 
 #[test]
 fn a_run_of_one_growing_nifti_file_is_recovered() {
-    recovers("nifti4d");
+    recovers("nifti4d", None);
+}
+
+#[test]
+fn slices_of_a_volume_that_was_not_whole_survive_a_kill() {
+    recovers("ge", Some(25));
+}
+
+#[test]
+fn a_series_of_nifti_files_survives_a_kill() {
+    recovers("nifti", Some(25));
+}
+
+#[test]
+fn a_growing_nifti_file_survives_a_kill() {
+    recovers("nifti4d", Some(25));
 }
 
 /// A mask of [`VOXELS`] voxels on the grid of a series: the brightest of its first volume.
