@@ -628,6 +628,14 @@ fn a_run_killed_in_the_middle_has_the_betas_of_an_undisturbed_one() {
     assert_eq!(differ, 0, "of {} betas", undisturbed.len());
 }
 
+#[test]
+fn what_is_no_session_is_not_shown() {
+    let dir = short_folder();
+    let ended = run("afterimage", &[&"session", &"show", &dir.path(), &"--json"]);
+    let ended = ended.refused(1, &["is not a session's folder", "session.json"]);
+    assert_eq!(ended.stdout, "");
+}
+
 /// The still head as a NIfTI volume, on a grid.
 fn still_head(dir: &Path, grid: &[&str]) -> PathBuf {
     let into = dir.join("head");
