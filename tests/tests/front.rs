@@ -508,7 +508,9 @@ fn every_fault_of_a_run_is_on_record() {
             .collect::<Vec<_>>(),
         "frame",
     );
-    assert_eq!(late, [20]);
+    // The two that change places leave within a moment; found together, they are taken in their order.
+    assert!(late.is_empty() || late == [20], "{late:?}");
+    assert_eq!(volumes.len(), 58);
     // The step is a spike; before it the head lies still, and from then on 3 mm elsewhere.
     let of = |frame: u64| volumes.iter().find(|v| v["frame"] == frame).unwrap();
     assert_eq!(of(39)["quality"]["spike"], true);
