@@ -129,13 +129,15 @@ impl MovingHead {
         volume.header.acquisition = number;
         volume.header.instance = Some(number);
         volume.header.time_ms = Some(stamp.time_ms());
-        encode(Format::Mosaic, &volume, &stamp).map_err(|source| {
+        let files = encode(Format::Mosaic, &volume, &stamp).map_err(|source| {
             HeadError(SimulateError::Encode {
                 series: 1,
                 volume: at + 1,
                 source,
             })
-        })
+        })?;
+        // A mosaic is one file.
+        Ok(files.concat())
     }
 }
 
