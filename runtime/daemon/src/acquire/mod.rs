@@ -144,7 +144,6 @@ struct Acquire {
     /// Files put aside, by reason.
     put_aside: BTreeMap<String, u64>,
     trigger: Trigger,
-    /// The clock of each run that has had a volume.
     /// Files of slices whose volume is not complete, by series and volume.
     slice_files: BTreeMap<([u8; 16], u32), Vec<Found>>,
     slices: Slices,
