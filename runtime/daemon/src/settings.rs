@@ -155,6 +155,14 @@ struct RawTask {
     fast_s: f64,
     slow_s: f64,
     max_missing_share: f64,
+    repeats: RawRepeats,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawRepeats {
+    Single,
+    Average,
 }
 
 #[derive(Clone, Copy, Deserialize)]
@@ -178,6 +186,8 @@ struct RawSubject {
     mask: Option<PathBuf>,
     reference: Option<PathBuf>,
     registration: RawFreedom,
+    prior: Option<PathBuf>,
+    prior_trials: f64,
 }
 
 #[derive(Clone, Copy, Deserialize)]
@@ -277,6 +287,12 @@ pub(crate) struct Settings {
     pub(crate) reference: Option<PathBuf>,
     /// What may differ between it and a run.
     pub(crate) registration: Freedom,
+    /// Mean and spread of the voxels' betas in earlier sessions.
+    pub(crate) prior: Option<PathBuf>,
+    /// Trials that they count as.
+    pub(crate) prior_trials: f64,
+    /// Whether repetitions of a stimulus are averaged.
+    pub(crate) average_repeats: bool,
     /// The bundle's folder.
     pub(crate) bundle: PathBuf,
     /// The key that must have signed it.
@@ -379,6 +395,11 @@ impl RawSettings {
             .subject
             .mask
             .map(|mask| present("subject.mask", base.join(mask), Kind::File));
+        within("subject.prior_trials", self.subject.prior_trials, 0.1, 1e6)?;
+        let prior = self
+            .subject
+            .prior
+            .map(|prior| present("subject.prior", base.join(prior), Kind::File));
         let reference = self
             .subject
             .reference
@@ -490,6 +511,9 @@ impl RawSettings {
             subject: self.subject.id,
             mask: mask.transpose()?,
             reference: reference.transpose()?,
+            prior: prior.transpose()?,
+            prior_trials: self.subject.prior_trials,
+            average_repeats: self.task.repeats == RawRepeats::Average,
             registration: match self.subject.registration {
                 RawFreedom::Rigid => Freedom::Rigid,
                 RawFreedom::Affine => Freedom::Affine,

@@ -163,11 +163,13 @@ impl Acquire {
             max_missing_share: settings.max_missing_share,
             ..GlmSettings::new(1.0, settings.hrf, settings.noise)
         };
+        let prior = plan::load_prior(settings, mask.len())?;
         let plan = Plan {
             mask,
             trained: plan::load_trained(settings)?,
             events: Vec::new(),
-            model: StoredModel::of(&glm, settings.tiers),
+            model: StoredModel::of(&glm, settings.tiers, settings.average_repeats),
+            prior,
             tr_ms: settings.tr_ms,
         };
         let quarantine = Quarantine::open(session.dir.join("quarantine"));

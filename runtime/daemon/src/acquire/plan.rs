@@ -5,17 +5,20 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use bundle::PublicKey;
+use ndarray::ArrayView2;
+use ndarray_npy::ViewNpyExt;
 use rtfmri::registration::Freedom;
 use rtfmri::{Mask, NiftiError, Volume, events, nifti};
 use sha2::{Digest, Sha256};
 
 use crate::logging::chain;
-use crate::record;
+use crate::record::{self, entry::StoredPrior};
 use crate::roles::RoleError;
 use crate::settings::Settings;
 
 const MAX_MASK_BYTES: u64 = 64 << 20;
 const MAX_REFERENCE_BYTES: u64 = 64 << 20;
+const MAX_PRIOR_BYTES: u64 = 64 << 20;
 
 /// The mask, from the site or from the signed bundle, of as many voxels as the bundle maps; and the
 /// hash of its file.
@@ -95,6 +98,35 @@ pub(super) fn load_trained(settings: &Settings) -> Result<Option<(Volume, Freedo
         read_bounded(path, MAX_REFERENCE_BYTES).map_err(|error| wrong(error.to_string()))?;
     let (_, volume) = nifti::read_volume(&bytes, 0).map_err(|error| wrong(chain(&error)))?;
     Ok(Some((volume, settings.registration)))
+}
+
+/// Mean and spread of each voxel's betas in earlier sessions, where the site has them.
+pub(super) fn load_prior(
+    settings: &Settings,
+    voxels: usize,
+) -> Result<Option<StoredPrior>, RoleError> {
+    let Some(path) = &settings.prior else {
+        return Ok(None);
+    };
+    let wrong = |reason: String| {
+        RoleError::Setting(format!("subject.prior = {}: {reason}", path.display()))
+    };
+    let bytes = read_bounded(path, MAX_PRIOR_BYTES).map_err(|error| wrong(error.to_string()))?;
+    let values = ArrayView2::<f64>::view_npy(&bytes)
+        .map_err(|error| wrong(format!("expected an array of float64, [2, voxel]: {error}")))?;
+    if values.dim() != (2, voxels) {
+        return Err(wrong(format!(
+            "expected mean and standard deviation of {voxels} voxels, [2, {voxels}], found {:?}",
+            values.shape()
+        )));
+    }
+    let prior = StoredPrior {
+        mean: values.row(0).to_vec(),
+        std_dev: values.row(1).to_vec(),
+        trials: settings.prior_trials,
+    };
+    prior.score().map_err(|error| wrong(error.to_string()))?;
+    Ok(Some(prior))
 }
 
 /// The events file of a run.

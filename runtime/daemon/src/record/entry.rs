@@ -4,6 +4,7 @@
 //! z-scores, means) is not written down a second time, and what they were computed from is.
 
 use rtfmri::glm::{GlmSettings, Hrf, Noise};
+use rtfmri::zscore::{Prior, RunningZScore, ZScoreError};
 use serde::{Deserialize, Serialize};
 use wire::{Tier, VolumeMessage};
 
@@ -67,6 +68,8 @@ pub(crate) struct Began {
     pub(crate) registration: Option<[[f64; 4]; 4]>,
     /// How its trials are estimated, whatever the settings say later.
     pub(crate) model: StoredModel,
+    /// What was known of the voxels' betas before.
+    pub(crate) prior: Option<StoredPrior>,
     /// Version of the program.
     pub(crate) software: String,
     /// When, Unix milliseconds.
@@ -90,6 +93,30 @@ pub(crate) struct StoredModel {
     pub(crate) high_pass_hz: f64,
     /// Largest share of a trial's window that may be missing.
     pub(crate) max_missing_share: f64,
+    /// Whether z-scored betas of one stimulus are averaged over its repetitions so far.
+    pub(crate) average_repeats: bool,
+}
+
+/// Mean and spread of each voxel's betas in earlier sessions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct StoredPrior {
+    /// `[voxel]`, scanner units.
+    pub(crate) mean: Vec<f64>,
+    /// `[voxel]`, scanner units.
+    pub(crate) std_dev: Vec<f64>,
+    /// Trials that it counts as.
+    pub(crate) trials: f64,
+}
+
+impl StoredPrior {
+    /// A score that begins with this.
+    ///
+    /// # Errors
+    /// [`ZScoreError`] where its numbers are none that a prior can have.
+    pub(crate) fn score(&self) -> Result<RunningZScore, ZScoreError> {
+        let prior = Prior::new(self.mean.clone(), self.std_dev.clone())?;
+        RunningZScore::blended(prior, self.trials)
+    }
 }
 
 /// See `rtfmri::glm::Hrf`.
@@ -108,7 +135,7 @@ pub(crate) enum StoredNoise {
 
 impl StoredModel {
     /// The model as it is written down.
-    pub(crate) fn of(glm: &GlmSettings, tiers: TierPlan) -> StoredModel {
+    pub(crate) fn of(glm: &GlmSettings, tiers: TierPlan, average_repeats: bool) -> StoredModel {
         StoredModel {
             hrf: match glm.hrf {
                 Hrf::Glover => StoredHrf::Glover,
@@ -123,6 +150,7 @@ impl StoredModel {
             end: tiers.end,
             high_pass_hz: glm.high_pass_hz,
             max_missing_share: glm.max_missing_share,
+            average_repeats,
         }
     }
 

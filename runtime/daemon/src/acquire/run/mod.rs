@@ -23,7 +23,7 @@ use wire::{Tier, TrialMessage, VolumeMessage, VolumeQuality};
 pub(crate) use self::state::{State, Taken, TierPlan};
 use crate::logging::chain;
 use crate::pipeline::{self, AlignError, AlignedVolume, VolumeStart};
-use crate::record::entry::{Began, RunEnd, RunEntry, StoredModel};
+use crate::record::entry::{Began, RunEnd, RunEntry, StoredModel, StoredPrior};
 use crate::record::log::{self, Log};
 use crate::record::{self, RecordError};
 use crate::trigger;
@@ -123,6 +123,8 @@ pub(crate) struct Plan {
     pub(crate) events: Vec<Event>,
     /// How trials are estimated; each run has its own TR.
     pub(crate) model: StoredModel,
+    /// What is known of the voxels' betas before.
+    pub(crate) prior: Option<StoredPrior>,
     /// TR that every run must have, milliseconds.
     pub(crate) tr_ms: Option<f64>,
 }
@@ -274,6 +276,7 @@ impl Run {
             voxels: u32::try_from(plan.mask.len()).unwrap_or(u32::MAX),
             registration,
             model: plan.model,
+            prior: plan.prior.clone(),
             software: env!("CARGO_PKG_VERSION").into(),
             at_ms: record::now_ms(),
         };

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ndarray::{Array1, ArrayView2};
 use rtfmri::events::Event;
 use rtfmri::glm::{self, GlmError, GlmSettings, TrialFit};
-use rtfmri::zscore::{RunningZScore, ZScoreError};
+use rtfmri::zscore::{RepeatAverage, RunningZScore, ZScoreError};
 use wire::{Tier, TrialMessage};
 
 use crate::pipeline::{self, AlignedVolume, StartKnown};
@@ -34,8 +34,22 @@ struct TierState {
     /// standardised over those before it.
     next: usize,
     zscore: RunningZScore,
+    /// Where repetitions of a stimulus are averaged.
+    repeats: Option<RepeatAverage>,
     betas: Vec<Option<Array1<f64>>>,
     zbetas: Vec<Option<Array1<f64>>>,
+}
+
+impl TierState {
+    /// Z-scores a trial over those so far and, where that is asked for, averages it with the
+    /// repetitions of its stimulus so far.
+    fn score(&mut self, betas: &Array1<f64>, stimulus: &str) -> Result<Array1<f64>, ZScoreError> {
+        let zbetas = self.zscore.push(betas.view())?;
+        match &mut self.repeats {
+            Some(repeats) => Ok(repeats.push(stimulus, zbetas.view())?.0),
+            None => Ok(zbetas),
+        }
+    }
 }
 
 /// A volume without its voxels.
@@ -118,12 +132,20 @@ impl State {
     /// The state of a run that has just begun; its reference is still to be taken as a volume.
     pub(crate) fn begin(events: Vec<Event>, began: &Began) -> State {
         let voxels = began.voxels as usize;
+        // A prior was checked before it was written down; one that is wrong nevertheless is none.
+        let prior = began.prior.as_ref();
+        let prior = prior
+            .filter(|prior| prior.mean.len() == voxels)
+            .and_then(|prior| prior.score().ok());
+        let average = began.model.average_repeats;
         let tier = || TierState {
             next: 0,
-            zscore: RunningZScore::new(voxels),
+            zscore: prior.clone().unwrap_or_else(|| RunningZScore::new(voxels)),
+            repeats: average.then(|| RepeatAverage::new(&events, voxels)),
             betas: Vec::new(),
             zbetas: Vec::new(),
         };
+        let tiers = [tier(), tier(), tier()];
         State {
             events,
             glm: began.model.glm(began.reference.tr_ms / 1e3),
@@ -138,7 +160,7 @@ impl State {
                 values: Vec::new(),
             },
             lost: BTreeSet::new(),
-            tiers: [tier(), tier(), tier()],
+            tiers,
             ended: None,
         }
     }
@@ -189,12 +211,12 @@ impl State {
                 .ok_or_else(|| format!("{found} betas where {voxels} voxels are expected"))
         });
         let state = &mut self.tiers[tier as usize];
+        let stimulus = self.events.get(state.next).map(Event::stimulus_name);
         state.next += 1;
         let scored = match &betas {
             Ok(betas) => state
-                .zscore
-                .push(betas.view())
-                .map_err(|error: ZScoreError| error.to_string()),
+                .score(betas, stimulus.unwrap_or_default())
+                .map_err(|error| error.to_string()),
             Err(reason) => Err(reason.clone()),
         };
         state.zbetas.push(scored.as_ref().ok().cloned());
@@ -425,12 +447,16 @@ mod tests {
 
     use super::*;
     use crate::pipeline::VolumeStart;
-    use crate::record::entry::StoredModel;
+    use crate::record::entry::{StoredModel, StoredPrior};
 
     const VOXELS: usize = 5;
     const VOLUMES: u32 = 50;
 
     fn begun() -> State {
+        begun_with(false, None)
+    }
+
+    fn begun_with(average_repeats: bool, prior: Option<StoredPrior>) -> State {
         let tiers = TierPlan {
             fast_s: Some(7.5),
             slow_s: Some(20.0),
@@ -443,12 +469,21 @@ mod tests {
             },
             voxels: u32::try_from(VOXELS).unwrap(),
             registration: None,
-            model: StoredModel::of(&GlmSettings::new(1.0, Hrf::Glover, Noise::Ar1), tiers),
+            model: StoredModel::of(
+                &GlmSettings::new(1.0, Hrf::Glover, Noise::Ar1),
+                tiers,
+                average_repeats,
+            ),
+            prior,
             software: "test".into(),
             at_ms: 0,
         };
         let table: String = (0..6)
-            .map(|trial| format!("{}\t3\tpicture{trial}\n", 4.5 + 9.0 * f64::from(trial)))
+            .map(|trial| {
+                // The first two stimuli come again at the end.
+                let picture = trial % 4;
+                format!("{}\t3\tpicture{picture}\n", 4.5 + 9.0 * f64::from(trial))
+            })
             .collect();
         let table = format!("onset\tduration\ttrial_type\n{table}");
         State::begin(rtfmri::events::parse(table.as_bytes()).unwrap(), &began)
@@ -495,7 +530,10 @@ mod tests {
 
     /// Every volume in order, trials as soon as they are due.
     fn in_order() -> State {
-        let mut state = begun();
+        run_of(begun())
+    }
+
+    fn run_of(mut state: State) -> State {
         for frame in 0..VOLUMES {
             let _ = state.take(1, volume(frame));
             fit_all(&mut state);
@@ -517,6 +555,44 @@ mod tests {
         let [end, _] = state.arrays(Tier::End);
         assert_ne!(fast, end);
         assert_eq!(state.messages(1).len(), 18);
+    }
+
+    #[test]
+    fn repetitions_are_averaged_where_that_is_asked_for() {
+        let (single, averaged) = (in_order(), run_of(begun_with(true, None)));
+        for tier in Tier::ALL {
+            let [betas, each] = single.arrays(tier);
+            let [same, mean] = averaged.arrays(tier);
+            assert_eq!(betas, same);
+            assert_eq!(each[..4], mean[..4]);
+            let expected = (each[0].clone().unwrap() + each[4].as_ref().unwrap()) / 2.0;
+            let off = (expected - mean[4].as_ref().unwrap()).mapv(f64::abs);
+            assert!(off.iter().all(|off| *off < 1e-12), "{tier}: {off}");
+        }
+    }
+
+    #[test]
+    fn a_prior_makes_the_first_trials_scores_useful() {
+        let prior = StoredPrior {
+            mean: vec![10.0; VOXELS],
+            std_dev: vec![4.0; VOXELS],
+            trials: 1e6,
+        };
+        let state = run_of(begun_with(false, Some(prior)));
+        let [betas, zbetas] = state.arrays(Tier::Fast);
+        let (beta, zbeta) = (betas[0].as_ref().unwrap(), zbetas[0].as_ref().unwrap());
+        for (beta, zbeta) in beta.iter().zip(zbeta) {
+            // Of so many trials one moves nothing.
+            assert!((zbeta - (beta - 10.0) / 4.0).abs() < 1e-3 * beta.abs().max(1.0));
+        }
+        let [_, without] = in_order().arrays(Tier::Fast).map(<[_]>::to_vec);
+        assert!(
+            without[0]
+                .as_ref()
+                .unwrap()
+                .iter()
+                .all(|zbeta| *zbeta == 0.0)
+        );
     }
 
     #[test]
