@@ -45,6 +45,10 @@ fn holds(bytes: &[u8], word: &str) -> bool {
 }
 
 /// The session's folder; says where it is not there.
+#[expect(
+    clippy::print_stdout,
+    reason = "a test says in one line what was not found"
+)]
 fn session_data() -> Option<PathBuf> {
     let shared =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/scanner/session/e11_120tr");
