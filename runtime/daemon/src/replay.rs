@@ -32,7 +32,7 @@ const MAX_NAMED: usize = 20;
 /// Exit code 0 where everything is as it was recorded, 1 where something differs.
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// The session's folder: <state>/sessions/<id>
+    /// The session's folder: STATE/sessions/ID
     session: PathBuf,
     /// The bundle it was decoded with; without it betas are replayed and no pictures
     #[arg(long, requires = "key")]

@@ -43,7 +43,7 @@ enum Command {
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 struct Show {
-    /// The session's folder: <state>/sessions/<id>
+    /// The session's folder: STATE/sessions/ID
     session: PathBuf,
     /// Print JSON
     #[arg(long)]
