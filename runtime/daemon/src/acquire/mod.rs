@@ -254,7 +254,9 @@ impl Acquire {
                     self.read(*read);
                 }
                 Err(RecvTimeoutError::Timeout) => self.look_after_runs(due),
-                // A reader thread is gone, which only a defect can cause; the session stays open.
+                // The threads that read end when they are asked to, perhaps before this one looks.
+                Err(RecvTimeoutError::Disconnected) if stop.load(Ordering::Relaxed) => break,
+                // One is gone, which only a defect can cause; the session stays open.
                 Err(RecvTimeoutError::Disconnected) => return Err(RoleError::Readers),
             }
             self.fit_what_is_due();
