@@ -59,9 +59,6 @@ const LOCK_WITHIN: Duration = Duration::from_secs(10);
 const MAX_RUNS: usize = 32;
 /// Files that are refused for one reason and named each; later ones are counted.
 const MAX_NAMED: u64 = 12;
-/// Volumes that come as slices and are not whole yet, as many as a whole run whose export goes slice by
-/// slice.
-const MAX_OPEN_VOLUMES: usize = 2048;
 /// Reasons that are told apart when files are counted.
 const MAX_REASONS: usize = 64;
 
@@ -301,12 +298,15 @@ impl Acquire {
         }
     }
 
-    /// Keeps a slice's file until its volume is on record; of very many, the first are given up.
+    /// Keeps a slice's file until its volume is on record. An export that goes slice by slice through the
+    /// whole run would fill the spool and wait for itself: of too many files the first are given up.
     fn hold(&mut self, place: ([u8; 16], u32), file: Found) {
         self.slice_files.entry(place).or_default().push(file);
-        if self.slice_files.len() > MAX_OPEN_VOLUMES
+        let mut held: usize = self.slice_files.values().map(Vec::len).sum();
+        while held > self.settings.queue / 2
             && let Some((_, files)) = self.slice_files.pop_first()
         {
+            held -= files.len();
             files.iter().for_each(Found::give_up);
         }
     }

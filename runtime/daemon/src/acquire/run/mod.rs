@@ -4,9 +4,10 @@
 //! clock, the log and the decisions: which volume is taken, which hole is given up, when the run is
 //! over. Each decision is an entry, written first and then taken.
 
+mod backlog;
 mod state;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,7 @@ use rtfmri::volume::Affine;
 use rtfmri::{Mask, MotionError, Realigner, Rigid, Volume};
 use wire::{Tier, TrialMessage, VolumeMessage, VolumeQuality};
 
+use self::backlog::Backlog;
 pub(crate) use self::state::{State, Taken, TierPlan};
 use crate::logging::chain;
 use crate::pipeline::{self, AlignError, AlignedVolume, VolumeStart};
@@ -38,8 +40,6 @@ const PATIENCE_VOLUMES: usize = 2;
 const MAX_JUMP: u32 = 400;
 /// Longest run: two hours at the shortest TR.
 const MAX_VOLUMES: u32 = 24_000;
-/// Entries that wait for a disk that is full; beyond them the run's record ends where it is.
-const MAX_UNWRITTEN: usize = 600;
 /// Without a volume for so many TR, a run that expects more is said to stall.
 const STALLED_TR: f64 = 1.5;
 /// Pauses that proved ordinary raise that, up to here.
@@ -227,7 +227,7 @@ pub(crate) struct Run {
     mask: Mask,
     state: State,
     log: Log,
-    unwritten: VecDeque<RunEntry>,
+    backlog: Backlog,
     follow: Follow,
     /// Holes, by frame, with the moment each was noticed.
     holes: BTreeMap<u32, Instant>,
@@ -346,7 +346,7 @@ impl Run {
             mask,
             state,
             log,
-            unwritten: VecDeque::new(),
+            backlog: Backlog::default(),
             follow,
             holes: BTreeMap::new(),
             last_arrival: Instant::now(),
@@ -491,30 +491,27 @@ impl Run {
 
     /// Writes an entry down and takes it; a full disk stops the recording and not the run.
     fn record(&mut self, entry: RunEntry) -> Taken {
-        if self.unwritten.len() < MAX_UNWRITTEN {
-            self.unwritten.push_back(entry.clone());
-        }
-        self.write_down();
+        let log = &mut self.log;
+        let kept = self.backlog.write(&entry, |entry| log.append(entry));
+        self.recorded(kept);
         self.state.take(self.index, entry)
     }
 
-    /// Writes what waits, in its order; entries of which some are missing would tell another run.
+    /// Writes what waits for room.
     fn write_down(&mut self) {
-        while let Some(entry) = self.unwritten.front() {
-            if let Err(error) = self.log.append(entry) {
-                if self.recording == Recording::Works {
-                    self.recording = Recording::Failed(chain(&error));
-                }
-                return;
+        let log = &mut self.log;
+        let kept = self.backlog.flush(|entry| log.append(entry));
+        self.recorded(kept);
+    }
+
+    /// Remembers the first failure of the record until it is told.
+    fn recorded(&mut self, kept: Result<(), RecordError>) {
+        match (kept, &self.recording) {
+            (Err(error), Recording::Works) => self.recording = Recording::Failed(chain(&error)),
+            (Ok(()), Recording::Told) if !self.backlog.is_cut() => {
+                self.recording = Recording::Works
             }
-            // Once too much waited, the log ends where it is.
-            if self.unwritten.len() >= MAX_UNWRITTEN {
-                return;
-            }
-            self.unwritten.pop_front();
-        }
-        if self.recording == Recording::Told {
-            self.recording = Recording::Works;
+            _ => {}
         }
     }
 
@@ -690,11 +687,8 @@ impl Run {
         if !std::mem::take(&mut self.arrays_stale) {
             return;
         }
-        if let Err(error) = write_arrays(&self.dir, &self.state)
-            && self.recording == Recording::Works
-        {
-            self.recording = Recording::Failed(chain(&error));
-        }
+        let kept = write_arrays(&self.dir, &self.state);
+        self.recorded(kept);
     }
 }
 

@@ -7,15 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ndarray::{Array1, ArrayView2};
 use rtfmri::events::Event;
-use rtfmri::glm::{self, GlmError, GlmSettings, TrialFit};
+use rtfmri::glm::{self, DecodeTimes, GlmError, GlmSettings, TrialFit};
 use rtfmri::zscore::{RepeatAverage, RunningZScore, ZScoreError};
 use wire::{Tier, TrialMessage};
 
 use crate::pipeline::{self, AlignedVolume, StartKnown};
 use crate::record::entry::{Began, Estimate, RunEnd, RunEntry, StoredTrial};
-
-/// What the run must have recorded after a trial's onset for its last decoding, seconds.
-const END_NEEDS_S: f64 = 5.0;
 
 /// When trials are decoded, seconds after their onset; `None` where a tier is left out.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -313,7 +310,11 @@ impl State {
             if tier == Tier::End {
                 // What ended before the response peaked has none.
                 let onset_s = self.events.get(trial)?.onset_s;
-                let peak = glm::volumes_needed(onset_s, self.glm.tr_s, END_NEEDS_S);
+                let peak = glm::volumes_needed(
+                    onset_s,
+                    self.glm.tr_s,
+                    DecodeTimes::default().end_of_run_s,
+                );
                 return (count(peak) <= highest).then_some((tier, trial));
             }
             let complete = highest > 0 && highest >= needed && self.holes(needed).next().is_none();
