@@ -8,7 +8,6 @@ use nalgebra::{Matrix4, Vector4};
 use ndarray::{Array1, Array3};
 
 use crate::interpolation::{self, Interpolation, InterpolationError};
-use crate::motion::Rigid;
 use crate::nifti::{self, NiftiError};
 use crate::volume::{Affine, Volume, apply};
 
@@ -156,21 +155,6 @@ impl Mask {
         Ok(values)
     }
 
-    /// Takes the mask's voxels out of a volume in which the head has moved.
-    ///
-    /// Each voxel is looked up where `motion` puts it, between voxels by a cubic spline.
-    /// One that has left the volume takes the value at the nearest edge.
-    ///
-    /// Returns `[voxel]`, scanner units.
-    ///
-    /// # Errors
-    /// As [`Mask::sample`].
-    pub fn sample_moved(&self, volume: &Volume, motion: &Rigid) -> Result<Array1<f32>, MaskError> {
-        self.grid_in(volume)?;
-        let image = Interpolation::new(volume)?;
-        Ok(self.sample_through(&image, &motion.matrix_lps()))
-    }
-
     /// Takes the mask's voxels out of a volume of any grid, in one interpolation.
     ///
     /// Each voxel is looked up where `map` puts it: for a mask of the trained space that is
@@ -314,6 +298,7 @@ fn as_f64(index: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::motion::Rigid;
     use crate::volume::{PatientTag, SeriesUid, VolumeHeader};
 
     fn volume() -> Volume {
@@ -360,7 +345,8 @@ mod tests {
     fn voxels_are_followed_where_the_head_moves() {
         let mask = Mask::from_voxels([6, 5, 4], FLIPPED, &[[2, 2, 2], [3, 2, 1]]).unwrap();
         let volume = volume();
-        let still = mask.sample_moved(&volume, &Rigid::identity()).unwrap();
+        let image = Interpolation::new(&volume).unwrap();
+        let still = mask.sample_through(&image, &Rigid::identity().matrix_lps());
         for (moved, plain) in still.iter().zip(&mask.sample(&volume).unwrap()) {
             assert!((moved - plain).abs() < 1e-3);
         }
@@ -397,10 +383,7 @@ mod tests {
         let mask = Mask::from_voxels([6, 5, 4], FLIPPED, &[[2, 2, 2]]).unwrap();
         let mut volume = volume();
         volume.voxels = Array3::zeros((4, 0, 6));
-        for outcome in [
-            mask.sample(&volume),
-            mask.sample_moved(&volume, &Rigid::identity()),
-        ] {
+        for outcome in [mask.sample(&volume).map(|_| ()), mask.check_grid(&volume)] {
             assert!(matches!(outcome, Err(MaskError::Shape { .. })));
         }
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 use ndarray::{Array1, Array2, ArrayView1};
 use rtfmri::events;
 use rtfmri::glm::{GlmSettings, Hrf, Noise, fit_trial, volumes_needed};
+use rtfmri::interpolation::Interpolation;
 use rtfmri::motion::{Realigner, Rigid};
 use rtfmri::{Mask, Volume, dicom};
 
@@ -107,7 +108,8 @@ impl Series {
             let truth = from_parameters(truth, centre);
             series.errors_mm[row] = error_mm(&truth, &ras(&motion), centre);
             let still = mask.sample(volume).unwrap();
-            let moved = mask.sample_moved(volume, &motion).unwrap();
+            let image = Interpolation::new(volume).unwrap();
+            let moved = mask.sample_through(&image, &motion.matrix_lps());
             let parameters = Array1::from_iter(motion.parameters());
             series.still.row_mut(row).assign(&still);
             series.moved.row_mut(row).assign(&moved);

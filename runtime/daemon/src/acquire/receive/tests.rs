@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver as Channel, sync_channel};
 
 use dicom_ul::association::{ClientAssociation, ClientAssociationOptions};
+use dicom_ul::pdu::{PDataValue, PDataValueType, Pdu};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use tempfile::TempDir;
