@@ -65,6 +65,18 @@ pub(crate) enum RecordError {
         /// Its length.
         found: usize,
     },
+    /// A log that holds what this version does not write.
+    #[error(
+        "{path} is damaged, or of another version, after its first {entries} entries: {reason}"
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Whole entries before.
+        entries: usize,
+        /// What is wrong.
+        reason: &'static str,
+    },
     /// A file that does not begin as a log does.
     #[error("{path} is no log of this program and version: it begins with other bytes")]
     Magic {
