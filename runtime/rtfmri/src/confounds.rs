@@ -6,10 +6,10 @@
 use ndarray::Array2;
 use thiserror::Error;
 
+use crate::events::{BYTE_ORDER_MARK, cut};
+
 /// Largest file read, bytes: some 10,000 volumes of 50 confounds.
 pub const MAX_LEN_BYTES: usize = 16 << 20;
-
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Why a confounds file was refused. Lines count from 1, the header included.
 #[derive(Debug, Error)]
@@ -108,10 +108,6 @@ pub fn parse(bytes: &[u8]) -> Result<Confounds, ConfoundsError> {
 fn row_error(start: u64, source: csv::Error) -> ConfoundsError {
     let line = source.position().map_or(start, csv::Position::line);
     ConfoundsError::Row { line, source }
-}
-
-fn cut(text: &str) -> String {
-    text.chars().take(40).collect()
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use thiserror::Error;
 /// Largest file read, bytes: some 20,000 events, a hundred times a long run.
 pub const MAX_LEN_BYTES: usize = 1 << 20;
 
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+pub(crate) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// One stimulus.
 #[derive(Debug, Clone, PartialEq)]
@@ -199,7 +199,8 @@ fn row_error(start: u64, source: csv::Error) -> EventsError {
     EventsError::Row { line, source }
 }
 
-fn cut(text: &str) -> String {
+/// As much of a text from outside as an error shows.
+pub(crate) fn cut(text: &str) -> String {
     text.chars().take(40).collect()
 }
 

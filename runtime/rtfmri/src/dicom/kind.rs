@@ -1,6 +1,7 @@
 //! What kind of image a file holds, by its own words.
 
 use super::DicomError;
+use super::header::{Item, tags};
 
 const MR_IMAGE: &str = "1.2.840.10008.5.1.4.1.1.4";
 const ENHANCED_MR_IMAGE: &str = "1.2.840.10008.5.1.4.1.1.4.1";
@@ -87,4 +88,15 @@ pub(super) fn refuse_other_contrasts<'t>(
         }
     }
     Ok(())
+}
+
+/// Refuses what is not a run's first echo: it has the first one's number, and other values.
+///
+/// # Errors
+/// [`DicomError::Unsupported`], naming the kind.
+pub(super) fn refuse_later_echo(top: &Item<'_>) -> Result<(), DicomError> {
+    match top.whole(tags::ECHO_NUMBER) {
+        Some(echo) if echo > 1 => refuse("an image of a later echo"),
+        _ => Ok(()),
+    }
 }

@@ -31,6 +31,7 @@ struct Mosaic {
 /// [`DicomError`], naming the element.
 pub(super) fn decode(top: &Item<'_>) -> Result<Volume, DicomError> {
     kind::refuse_other_contrasts(top.words(tags::IMAGE_TYPE))?;
+    kind::refuse_later_echo(top)?;
     let csa = match top.private_bytes(tags::CSA_IMAGE) {
         Some(bytes) if !bytes.is_empty() => csa::read(bytes)?,
         _ => Csa::default(),

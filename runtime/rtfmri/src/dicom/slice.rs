@@ -121,9 +121,7 @@ fn read(
     scaled: impl Fn(f64) -> f64,
 ) -> Result<Slice, DicomError> {
     kind::refuse_other_contrasts(top.words(tags::IMAGE_TYPE))?;
-    if top.whole(tags::ECHO_NUMBER).is_some_and(|echo| echo > 1) {
-        return refuse("an image of a later echo");
-    }
+    kind::refuse_later_echo(top)?;
     let layout = Layout::of(top)?;
     let pixels = layout.data(top, 1)?;
     let directions = Directions::of(top)?;

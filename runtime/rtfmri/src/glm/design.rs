@@ -120,9 +120,15 @@ impl Design {
             .map(|(_, event)| (event.onset_s, event.duration_s))
             .collect();
         let confound_columns = confounds.map_or(0, |confounds| confounds.ncols());
-        // floor(2 n f TR) half periods, as SPM and nilearn count them.
-        let drifts = floor_index(2.0 * volumes as f64 * settings.high_pass_hz * settings.tr_s)
-            .min(volumes - 1);
+        // floor(2 n f TR) half periods, as SPM and nilearn count them, and with nilearn's TR: a product
+        // that is a whole number must fall to the same side of its rounding.
+        let step_s = if volumes > 1 {
+            last_s / (volumes - 1) as f64
+        } else {
+            settings.tr_s
+        };
+        let drifts =
+            floor_index(2.0 * volumes as f64 * settings.high_pass_hz * step_s).min(volumes - 1);
 
         let regressors: Vec<Regressor> = std::iter::once(Regressor::Probe)
             .chain((!others.is_empty()).then_some(Regressor::Reference))
@@ -252,4 +258,25 @@ fn check_window(
         });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::glm::{Hrf, Noise};
+
+    /// Where 2 n f TR is a whole number, nilearn 0.14.1 (`make_first_level_design_matrix`, high_pass 0.01)
+    /// falls to the one side or the other by its own order of operations.
+    #[test]
+    fn drifts_are_counted_as_the_reference_counts_them() {
+        for (tr_s, expected) in [(0.4, 2), (0.8, 5), (1.6, 11)] {
+            let events = [Event::new(20.0, 3.0, "a"), Event::new(40.0, 3.0, "b")];
+            let settings = GlmSettings::new(tr_s, Hrf::Glover, Noise::Ols);
+            let frames: Vec<usize> = (0..375).collect();
+            let design = Design::build_at(&settings, &events, 1, 375, &frames, None).unwrap();
+            let drifts = design.regressors.iter();
+            let drifts = drifts.filter(|regressor| matches!(regressor, Regressor::Drift(_)));
+            assert_eq!(drifts.count(), expected, "TR {tr_s} s");
+        }
+    }
 }
