@@ -60,10 +60,26 @@ fn a_folder_becomes_one_image_and_what_is_odd_is_listed() {
     put("e", &whole[4]);
     put("f", &whole[5][..whole[5].len() - 1]);
     put("ZZCANARY.txt", b"no scanner's file");
+    // Another image with the fifth's number; and a link to the first, of which nothing is lost.
+    let mut other = whole[4].clone();
+    // A voxel of one of the middle slices.
+    let pixels = other.len() - 384 * 384 * 2;
+    other[pixels + 100_000] ^= 1;
+    put("g", &other);
+    std::os::unix::fs::symlink(input.join("deeper/b"), input.join("h")).unwrap();
+    // An empty folder is as good as none.
+    fs::create_dir(&out).unwrap();
 
     let ended = run("afterimage", &[&"volumes", &input, &"--out", &out]).succeeded();
     assert!(
-        ended.stdout.contains("2 files are not used"),
+        ended.stdout.contains("3 files are not used"),
+        "{}",
+        ended.stdout
+    );
+    assert!(
+        ended
+            .stdout
+            .contains("another image of a volume that is there already"),
         "{}",
         ended.stdout
     );
@@ -73,7 +89,7 @@ fn a_folder_becomes_one_image_and_what_is_odd_is_listed() {
         ended.stdout
     );
     assert!(
-        ended.stdout.contains("1 missing, 1 files twice"),
+        ended.stdout.contains("1 missing, 2 files twice"),
         "{}",
         ended.stdout
     );
@@ -123,7 +139,9 @@ fn nothing_is_written_where_nothing_can_be_read() {
     run("afterimage", &[&"volumes", &input, &"--out", &out]).refused(1, &["no file below"]);
     assert_eq!(names(dir.path()), ["in"]);
     fs::create_dir(&out).unwrap();
+    fs::write(out.join("series001.json"), b"of another day").unwrap();
     run("afterimage", &[&"volumes", &input, &"--out", &out]).refused(1, &["exists already"]);
+    assert_eq!(names(&out), ["series001.json"]);
     run(
         "afterimage",
         &[&"volumes", &dir.path().join("gone"), &"--out", &"x"],

@@ -37,6 +37,13 @@ const MAX_FILES: usize = 2_000_000;
 const MAX_DEPTH: usize = 32;
 /// Reasons that are listed.
 const MAX_REASONS: usize = 20;
+/// An export slice by slice holds nearly a whole run before its first volume is complete.
+const WAITING: Limits = Limits {
+    volumes: 65_536,
+    bytes: 8 << 30,
+};
+/// A day of the scanner's clock.
+const DAY_MS: f64 = 86_400_000.0;
 const SAY_EVERY: Duration = Duration::from_millis(500);
 
 /// What to read, and where to write.
@@ -45,7 +52,7 @@ const SAY_EVERY: Duration = Duration::from_millis(500);
 pub(crate) struct Arguments {
     /// The folder with the scanner's files; folders in it are searched as well
     dir: PathBuf,
-    /// The folder to write; it must not exist yet
+    /// The folder to write; not there yet, or empty
     #[arg(long)]
     out: PathBuf,
 }
@@ -106,7 +113,9 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
 
 fn convert(arguments: &Arguments) -> Result<(), VolumesError> {
     let out = &arguments.out;
-    if out.exists() {
+    // A folder with nothing in it is replaced by the rename at the end.
+    let empty = fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
+    if out.exists() && !empty {
         return Err(VolumesError::Exists { path: out.clone() });
     }
     let stop = roles::stop_on_signal().map_err(VolumesError::Signals)?;
@@ -148,7 +157,10 @@ fn files_below(dir: &Path) -> Result<Vec<PathBuf>, VolumesError> {
             let kind = entry.file_type().map_err(read(&folder))?;
             if kind.is_dir() && depth < MAX_DEPTH {
                 folders.push((entry.path(), depth + 1));
-            } else if kind.is_file() {
+            } else if kind.is_file()
+                // Links to files are followed, and none to folders: those may lead in circles.
+                || (kind.is_symlink() && fs::metadata(entry.path()).is_ok_and(|to| to.is_file()))
+            {
                 files.push(entry.path());
             }
             if files.len() > MAX_FILES {
@@ -158,6 +170,16 @@ fn files_below(dir: &Path) -> Result<Vec<PathBuf>, VolumesError> {
     }
     files.sort();
     Ok(files)
+}
+
+/// From one time of day to another, milliseconds: the scanner's clock begins anew at midnight.
+fn since(time_ms: f64, first_ms: f64) -> f64 {
+    let after_ms = time_ms - first_ms;
+    if after_ms < -DAY_MS / 2.0 {
+        after_ms + DAY_MS
+    } else {
+        after_ms
+    }
 }
 
 /// A hidden folder beside the wanted one; gone with all that is in it unless it becomes that.
@@ -354,7 +376,7 @@ impl Found {
         };
         let assembler = series
             .assembler
-            .get_or_insert_with(|| Assembler::new(Limits::default()));
+            .get_or_insert_with(|| Assembler::new(WAITING));
         match assembler.add(slice) {
             Ok(Added::Complete(volume)) => {
                 let files = volume.voxels.dim().0;
@@ -411,8 +433,16 @@ impl Found {
         let Some(series) = self.series_of(volume.series) else {
             return Ok(());
         };
-        if series.volumes.contains_key(&volume.number) {
-            series.duplicates += files;
+        if let Some(at) = series.volumes.get(&volume.number).map(|kept| kept.at) {
+            let same = match &mut series.spool {
+                Some(spool) => spool.voxels(at)?.iter().eq(&volume.voxels),
+                None => false,
+            };
+            if same {
+                series.duplicates += files;
+            } else {
+                self.refuse("another image of a volume that is there already".into());
+            }
             return Ok(());
         }
         let spool = match &mut series.spool {
@@ -521,6 +551,8 @@ impl Spool {
             bytes.extend_from_slice(&value.to_le_bytes());
         }
         let at = self.len_bytes;
+        // A look at an earlier volume leaves the place behind that.
+        self.file.seek(SeekFrom::Start(at)).map_err(self.failed())?;
         self.file.write_all(&bytes).map_err(self.failed())?;
         self.len_bytes += bytes.len() as u64;
         Ok(at)
@@ -630,7 +662,7 @@ impl Series {
                     after_first_s: kept
                         .time_ms
                         .zip(first_ms)
-                        .map(|(time_ms, first_ms)| seconds(time_ms - first_ms)),
+                        .map(|(time_ms, first_ms)| seconds(since(time_ms, first_ms))),
                 })
                 .collect(),
             missing: (first..last)
