@@ -91,6 +91,9 @@ fn recovers(format: &str, killed_after: Option<usize>) {
     let expected: Vec<u64> = (0..u64::try_from(volumes).unwrap()).collect();
     assert_eq!(frames, expected, "{format}");
     assert_eq!(faults, [""; 0], "{format}");
+    // What a restart reads again came once.
+    let doubled = list(&report["runs"][0], "doubled");
+    assert!(doubled.is_empty(), "{format}: {doubled:?}");
     let correlation = recovered(&session, 1, phantom());
     println!("{format}: {volumes} volumes, betas and truth correlate by {correlation:.3}");
     assert!(correlation > LEAST_CORRELATION, "{format}: {correlation}");

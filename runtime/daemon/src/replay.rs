@@ -126,7 +126,9 @@ fn replay(arguments: &Arguments) -> Result<bool, ReplayError> {
     let mut tally = Tally::default();
     let mut trials = Vec::new();
     for (index, dir) in runs(&arguments.session)? {
-        let (state, ready) = replay_run(index, &dir, &mut tally)?;
+        let Some((state, ready)) = replay_run(index, &dir, &mut tally)? else {
+            continue;
+        };
         if let Some(out) = &arguments.out {
             let out = out.join("runs").join(format!("{index:03}"));
             record::create_private(&out).map_err(record::at(&out))?;
@@ -176,17 +178,22 @@ pub(crate) fn runs(session: &Path) -> Result<BTreeMap<u32, PathBuf>, ReplayError
     Ok(runs)
 }
 
-/// Estimates a run's trials again; returns the run and its trials as they were told.
+/// Estimates a run's trials again; returns the run and its trials as they were told, `None` where a
+/// process was stopped before the run had begun.
 fn replay_run(
     index: u32,
     dir: &Path,
     tally: &mut Tally,
-) -> Result<(State, Vec<TrialMessage>), ReplayError> {
+) -> Result<Option<(State, Vec<TrialMessage>)>, ReplayError> {
+    let path = dir.join(run::LOG);
+    if !path.exists() {
+        return Ok(None);
+    }
     let mut entries = run::entries(dir)?.into_iter();
-    let Some(RunEntry::Began(began)) = entries.next() else {
-        return Err(ReplayError::NoRun {
-            path: dir.join(run::LOG),
-        });
+    let began = match entries.next() {
+        Some(RunEntry::Began(began)) => began,
+        Some(_) => return Err(ReplayError::NoRun { path }),
+        None => return Ok(None),
     };
     let mut state = State::begin(read_events(dir)?, &began);
     let mut ready = Vec::new();
@@ -201,7 +208,7 @@ fn replay_run(
             ready.push(trial);
         }
     }
-    Ok((state, ready))
+    Ok(Some((state, ready)))
 }
 
 /// The events as they were when the run began; none where they could not be used.

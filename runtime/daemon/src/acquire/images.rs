@@ -42,8 +42,8 @@ fn is_packed(path: &Path) -> bool {
 pub(crate) struct Images {
     /// TR of images that state none, milliseconds.
     tr_ms: Option<f64>,
-    /// Volumes that were handed on, by growing file.
-    handed_on: BTreeMap<PathBuf, u64>,
+    /// Volumes that were handed on of a growing file, and their series.
+    handed_on: BTreeMap<PathBuf, (u64, [u8; 16])>,
     /// The number that the first volume's name has, 0 or 1, by series.
     base: BTreeMap<[u8; 16], u32>,
     /// Files of one volume of which nothing tells yet whether they grow.
@@ -207,11 +207,18 @@ impl Images {
         if self.handed_on.len() >= MAX_KNOWN && !self.handed_on.contains_key(&found.path) {
             return Err(format!("{MAX_KNOWN} growing images are watched already"));
         }
-        let from = self.handed_on.get(&found.path).copied().unwrap_or(0);
-        // A shorter file under the same name is another one.
-        let from = if from > complete { 0 } else { from };
+        let known = self.handed_on.get(&found.path).copied();
         let head = read_at(file, 0, image.start)?;
-        let series = hash(b"growing image", &found.path, "");
+        let (from, series) = match known {
+            Some((from, series)) if from <= complete => (from, series),
+            // A shorter file under the same name is another one: another run, whose first volume is
+            // another. The same file after a restart is the same run.
+            _ if complete > 0 => {
+                let first = read_at(file, image.start, volume_bytes)?;
+                (0, hash(b"growing image", &found.path, &first))
+            }
+            _ => return Ok(true),
+        };
         // Its first volume came when it was first seen.
         let first = self
             .held
@@ -226,7 +233,8 @@ impl Images {
             let mut volume = self.with_tr(volume)?;
             volume.series = series;
             volume.number = u32::try_from(index + 1).unwrap_or(u32::MAX);
-            self.handed_on.insert(found.path.clone(), index + 1);
+            self.handed_on
+                .insert(found.path.clone(), (index + 1, series));
             let mut id = Sha256::new();
             id.update(series);
             id.update(index.to_le_bytes());
@@ -279,7 +287,7 @@ fn series_of(path: &Path) -> Option<([u8; 16], u32)> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let (prefix, number) = last_number(&name)?;
     let folder = path.parent().unwrap_or(path);
-    Some((hash(b"image", folder, prefix), number))
+    Some((hash(b"image", folder, prefix.as_bytes()), number))
 }
 
 /// The file of its series whose number is 0.
@@ -316,9 +324,9 @@ fn read_at(file: &mut File, at: u64, len: u64) -> Result<Vec<u8>, String> {
     Ok(bytes)
 }
 
-fn hash(kind: &[u8], path: &Path, name: &str) -> [u8; 16] {
+fn hash(kind: &[u8], path: &Path, more: &[u8]) -> [u8; 16] {
     let mut hash = Sha256::new();
-    for part in [kind, path.as_os_str().as_encoded_bytes(), name.as_bytes()] {
+    for part in [kind, path.as_os_str().as_encoded_bytes(), more] {
         hash.update(part.len().to_le_bytes());
         hash.update(part);
     }

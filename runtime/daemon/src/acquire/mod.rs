@@ -25,19 +25,21 @@ use std::fs::{self, File};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use rtfmri::Mask;
 use rtfmri::glm::GlmSettings;
 use rtfmri::timing::{Timeline, TimingFault};
-use wire::{FromAcquire, ParseReply, SessionMessage, Tier, TrialMessage, VolumeMessage};
+use wire::{
+    FromAcquire, ParseReply, SessionMessage, SliceMessage, Tier, TrialMessage, VolumeMessage,
+};
 
 pub(crate) use self::plan::read_bounded;
 use self::quarantine::Quarantine;
 pub(crate) use self::run::TierPlan;
-use self::run::{Came, Hops, Plan, Run, Taken};
+use self::run::{Came, Hops, Plan, Run, RunError, Taken};
 use self::slices::Slices;
 use self::sources::{Event, READ_AHEAD, ReadFile, spawn_readers};
 use self::watch::Found;
@@ -45,7 +47,7 @@ use crate::link::{Keep, Publisher, trial_key};
 use crate::logging::chain;
 use crate::record::entry::{SessionEntry, StoredModel};
 use crate::record::log::Log;
-use crate::record::{self, About, Session};
+use crate::record::{self, About, RecordError, Session};
 use crate::roles::RoleError;
 use crate::settings::Settings;
 use crate::trigger::{self, Trigger};
@@ -89,7 +91,7 @@ pub(crate) fn main(settings: &Settings, stop: &Arc<AtomicBool>) -> Result<(), Ro
     let (sender, receiver) = sync_channel(READ_AHEAD);
     let started_at_ms = acquire.session.file.started_at_ms;
     let incoming = acquire.session.dir.join("incoming");
-    spawn_readers(
+    let readers = spawn_readers(
         settings,
         started_at_ms,
         acquire.known_files(),
@@ -99,7 +101,7 @@ pub(crate) fn main(settings: &Settings, stop: &Arc<AtomicBool>) -> Result<(), Ro
     )?;
     drop(sender);
     crate::roles::ready();
-    acquire.drain(&receiver, stop)
+    acquire.drain(&receiver, &readers, stop)
 }
 
 /// One acquire at a time writes the record; the one before may be on its way out.
@@ -116,6 +118,14 @@ fn lock(settings: &Settings) -> Result<Flock<File>, RoleError> {
         }
         thread::sleep(TICK);
     }
+}
+
+/// Why a run does not begin.
+enum Refusal {
+    /// Its series is not one of this session's runs.
+    Lasting(String),
+    /// The disk has no room for it now.
+    Now(String),
 }
 
 /// The clock of a run whose first volume this is.
@@ -138,11 +148,15 @@ struct Acquire {
     quarantine: Quarantine,
     runs: BTreeMap<[u8; 16], Run>,
     refused_series: BTreeSet<[u8; 16]>,
+    /// Series whose run could not be recorded when it was to begin.
+    delayed_series: BTreeSet<[u8; 16]>,
     /// Files put aside, by reason.
     put_aside: BTreeMap<String, u64>,
     trigger: Trigger,
     /// Files of slices whose volume is not complete, by series and volume.
     slice_files: BTreeMap<([u8; 16], u32), Vec<Found>>,
+    /// Received objects whose run waits for room on the disk, with their series; the spool bounds them.
+    unsettled: Vec<([u8; 16], Found)>,
     slices: Slices,
     faults: u64,
     hops: Hops,
@@ -180,9 +194,11 @@ impl Acquire {
             quarantine,
             runs: BTreeMap::new(),
             refused_series: BTreeSet::new(),
+            delayed_series: BTreeSet::new(),
             put_aside: BTreeMap::new(),
             trigger,
             slice_files: BTreeMap::new(),
+            unsettled: Vec::new(),
             slices: Slices::default(),
             faults: 0,
             hops: Hops {
@@ -236,8 +252,17 @@ impl Acquire {
         self.runs.values().flat_map(Run::files).collect()
     }
 
-    fn drain(&mut self, events: &Receiver<Event>, stop: &Arc<AtomicBool>) -> Result<(), RoleError> {
+    fn drain(
+        &mut self,
+        events: &Receiver<Event>,
+        readers: &[JoinHandle<()>],
+        stop: &Arc<AtomicBool>,
+    ) -> Result<(), RoleError> {
         while !stop.load(Ordering::Relaxed) {
+            // Only a defect ends one of them before it is asked to; the session stays open.
+            if readers.iter().any(JoinHandle::is_finished) && !stop.load(Ordering::Relaxed) {
+                return Err(RoleError::Readers);
+            }
             // One trial at a time, and none before a volume that waits.
             let due = self.runs.values().any(Run::is_due);
             let patience = if due { Duration::ZERO } else { TICK };
@@ -251,10 +276,8 @@ impl Acquire {
                     self.read(*read);
                 }
                 Err(RecvTimeoutError::Timeout) => self.look_after_runs(due),
-                // The threads that read end when they are asked to, perhaps before this one looks.
-                Err(RecvTimeoutError::Disconnected) if stop.load(Ordering::Relaxed) => break,
-                // One is gone, which only a defect can cause; the session stays open.
-                Err(RecvTimeoutError::Disconnected) => return Err(RoleError::Readers),
+                // All of them are gone: asked to, or by a defect, which the next look tells apart.
+                Err(RecvTimeoutError::Disconnected) => {}
             }
             self.fit_what_is_due();
             let alarms: Vec<String> = self.runs.values_mut().filter_map(Run::alarm).collect();
@@ -264,48 +287,80 @@ impl Acquire {
         Ok(())
     }
 
-    /// Takes what became of a file; afterwards it is on record, or said, and its place is given up.
+    /// Takes what became of a file; its place is given up once that is on record, or said.
     fn read(&mut self, read: ReadFile) {
-        let mut settled = read.can_be_given_up();
+        let settled = read.can_be_given_up();
         match read.reply {
-            Ok(ParseReply::Volume(volume)) => self.volume(volume, &read.file, read.arrived_ms),
-            Ok(ParseReply::Slice(slice)) => {
-                let place = (slice.series, slice.number);
-                match self.slices.add(slice) {
-                    // It is needed again, should this process die before its volume is whole.
-                    Ok(None) if settled => {
-                        settled = false;
-                        self.hold(place, read.file.clone());
-                    }
-                    Ok(None) => {}
-                    Ok(Some(volume)) => {
-                        let file = slices::of_volume(&read.file, &volume);
-                        self.volume(volume, &file, read.arrived_ms);
-                        let held = self.slice_files.remove(&place);
-                        held.iter().flatten().for_each(Found::give_up);
-                    }
-                    Err(reason) => self.fault(reason),
+            Ok(ParseReply::Volume(volume)) => {
+                let series = volume.series;
+                self.volume(volume, &read.file, read.arrived_ms);
+                self.settle(Some(series), read.file);
+            }
+            Ok(ParseReply::Slice(slice)) => self.slice(slice, read.file, read.arrived_ms),
+            // Told as volumes by the reader.
+            Ok(ParseReply::Image(_)) => self.settle(None, read.file),
+            Ok(ParseReply::Refused { reason }) | Err(reason) => {
+                if self.put_aside(&read.file, &read.bytes, &reason) && settled {
+                    self.settle(None, read.file);
                 }
             }
-            // Told as volumes by the reader.
-            Ok(ParseReply::Image(_)) => {}
-            Ok(ParseReply::Refused { reason }) | Err(reason) => {
-                self.put_aside(&read.file, &read.bytes, &reason);
+        }
+    }
+
+    fn slice(&mut self, slice: SliceMessage, file: Found, arrived_ms: u64) {
+        let place = (slice.series, slice.number);
+        match self.slices.add(slice) {
+            // It is needed again, should this process die before its volume is whole.
+            Ok(slices::Taken::Waiting) => self.hold(place, file),
+            Ok(slices::Taken::Complete(volume)) => {
+                let whole = slices::of_volume(&file, &volume);
+                self.volume(*volume, &whole, arrived_ms);
+                let held = self.slice_files.remove(&place).unwrap_or_default();
+                for file in held.into_iter().chain([file]) {
+                    self.settle(Some(place.0), file);
+                }
+            }
+            Ok(slices::Taken::Useless) => self.settle(None, file),
+            Err(reason) => {
+                self.fault(reason);
+                self.settle(None, file);
             }
         }
-        if settled {
-            read.file.give_up();
+    }
+
+    /// Gives a file's place up, now or once its run is on the disk: what was acknowledged to a sender
+    /// lies nowhere else.
+    fn settle(&mut self, series: Option<[u8; 16]>, file: Found) {
+        let run = series.and_then(|series| self.runs.get(&series));
+        if run.is_none() && series.is_some_and(|series| self.delayed_series.contains(&series)) {
+            // It is not on record: a restart reads it again.
+            return;
+        }
+        if run.is_none_or(Run::is_on_record) {
+            file.give_up();
+        } else if let Some(series) = series.filter(|_| file.spooled.is_some()) {
+            self.unsettled.push((series, file));
         }
     }
 
     /// Keeps a slice's file until its volume is on record. An export that goes slice by slice through the
-    /// whole run would fill the spool and wait for itself: of too many files the first are given up.
+    /// whole run would fill the spool and wait for itself: of too many files the oldest are given up.
     fn hold(&mut self, place: ([u8; 16], u32), file: Found) {
+        if file.spooled.is_none() {
+            return;
+        }
         self.slice_files.entry(place).or_default().push(file);
         let mut held: usize = self.slice_files.values().map(Vec::len).sum();
-        while held > self.settings.queue / 2
-            && let Some((_, files)) = self.slice_files.pop_first()
-        {
+        while held > self.settings.queue / 2 {
+            let noticed = |files: &Vec<Found>| files.first().map(|file| file.noticed);
+            let oldest = self
+                .slice_files
+                .iter()
+                .min_by_key(|(_, files)| noticed(files));
+            let Some(oldest) = oldest.map(|(place, _)| *place) else {
+                return;
+            };
+            let files = self.slice_files.remove(&oldest).unwrap_or_default();
             held -= files.len();
             files.iter().for_each(Found::give_up);
         }
@@ -324,6 +379,9 @@ impl Acquire {
             }
         }
         self.faults(told);
+        for (series, file) in std::mem::take(&mut self.unsettled) {
+            self.settle(Some(series), file);
+        }
     }
 
     fn volume(&mut self, volume: VolumeMessage, file: &Found, arrived_ms: u64) {
@@ -335,10 +393,22 @@ impl Acquire {
             return;
         }
         if !self.runs.contains_key(&series)
-            && let Err(reason) = self.begin_run(&volume)
+            && let Err(refusal) = self.begin_run(&volume)
         {
-            self.refused_series.insert(series);
-            self.fault(format!("A series is refused: {reason}"));
+            match refusal {
+                Refusal::Lasting(reason) => {
+                    self.refused_series.insert(series);
+                    self.fault(format!("A series is refused: {reason}"));
+                }
+                Refusal::Now(reason) => {
+                    if self.delayed_series.insert(series) {
+                        self.fault(format!(
+                            "A run cannot begin: {reason}. It begins with the next volume for which \
+                             there is room on the disk of paths.state"
+                        ));
+                    }
+                }
+            }
             return;
         }
         let Some(run) = self.runs.get_mut(&series) else {
@@ -403,23 +473,27 @@ impl Acquire {
         }
     }
 
-    fn begin_run(&mut self, first: &VolumeMessage) -> Result<(), String> {
+    fn begin_run(&mut self, first: &VolumeMessage) -> Result<(), Refusal> {
         if self.runs.len() >= MAX_RUNS {
-            return Err(format!(
+            return Err(Refusal::Lasting(format!(
                 "this session has {MAX_RUNS} runs already; begin another session"
-            ));
+            )));
         }
-        let recorded = self.session.runs().map_err(|error| chain(&error))?;
+        let disk = |error: RecordError| Refusal::Now(chain(&error));
+        let recorded = self.session.runs().map_err(disk)?;
         let held = self.runs.values().map(|run| run.index);
         let index = held.chain(recorded).max().unwrap_or(0) + 1;
-        let dir = self.session.run_dir(index).map_err(|error| chain(&error))?;
+        let dir = self.session.run_dir(index).map_err(disk)?;
         let plan = self.plan_of_run(index);
         let timeline = timeline(&self.trigger, first, None);
         let begun = Run::begin(index, dir.clone(), plan, first, timeline);
         let run = begun.map_err(|error| {
             // A run that never began leaves no folder.
             let _ = fs::remove_dir_all(&dir);
-            chain(&error)
+            match error {
+                RunError::Record(error) => disk(error),
+                error => Refusal::Lasting(chain(&error)),
+            }
         })?;
         tracing::info!(
             run = index,
@@ -509,8 +583,14 @@ impl Acquire {
             .publish(&FromAcquire::Trial(trial), Keep::Under(key));
     }
 
-    fn put_aside(&mut self, file: &Found, bytes: &[u8], reason: &str) {
-        let kept = self.quarantine.keep(file.id, bytes, reason);
+    /// Puts a file aside; `false` where no copy of it could be kept.
+    fn put_aside(&mut self, file: &Found, bytes: &[u8], reason: &str) -> bool {
+        // Of what could not be read there is nothing to keep.
+        let kept = match bytes {
+            [] if file.len_bytes > 0 => Ok(None),
+            bytes => self.quarantine.keep(file.id, bytes, reason),
+        };
+        let safe = kept.is_ok();
         self.write_down(&SessionEntry::PutAside {
             file: file.id,
             reason: reason.into(),
@@ -528,15 +608,16 @@ impl Acquire {
             ),
         };
         // A localiser of two hundred slices is one sentence and not two hundred.
+        let known = self.put_aside.len();
         let seen = match self.put_aside.get_mut(reason) {
             Some(seen) => {
                 *seen += 1;
                 *seen
             }
+            // An outsider who makes up reasons is not named for each.
+            None if known >= MAX_REASONS => MAX_NAMED + 1,
             None => {
-                if self.put_aside.len() < MAX_REASONS {
-                    self.put_aside.insert(reason.into(), 1);
-                }
+                self.put_aside.insert(reason.into(), 1);
                 1
             }
         };
@@ -547,6 +628,7 @@ impl Acquire {
             )),
             std::cmp::Ordering::Greater => tracing::info!(reason, seen, "file put aside"),
         }
+        safe
     }
 
     fn faults(&mut self, texts: Vec<String>) {

@@ -28,30 +28,42 @@ struct Series {
     faults: usize,
 }
 
+/// What became of a slice.
+#[derive(Debug)]
+pub(crate) enum Taken {
+    /// Its volume waits for others.
+    Waiting,
+    /// It completes its volume.
+    Complete(Box<VolumeMessage>),
+    /// It is of no use: it was there already, or its series has been told to be unusable.
+    Useless,
+}
+
 impl Slices {
-    /// Takes a slice; returns the volume that it completes.
+    /// Takes a slice.
     ///
     /// # Errors
     /// A sentence for the operator, where the slice cannot be part of its volume; a series that goes on
     /// so is silent after a few.
-    pub(crate) fn add(&mut self, message: SliceMessage) -> Result<Option<VolumeMessage>, String> {
+    pub(crate) fn add(&mut self, message: SliceMessage) -> Result<Taken, String> {
         let (key, patient, number) = (message.series, message.patient, message.number);
         let slice = pipeline::slice_of(message).ok_or_else(|| {
             format!("A slice of volume {number}: its pixels do not fill its shape")
         })?;
         let series = self.series_of(key, patient);
         match series.assembler.add(slice) {
-            Ok(Added::Complete(volume)) => Ok(Some(VolumeMessage {
+            Ok(Added::Complete(volume)) => Ok(Taken::Complete(Box::new(VolumeMessage {
                 series: key,
                 patient: series.patient,
                 ..pipeline::volume_message(*volume)
-            })),
-            Ok(Added::Waiting { .. } | Added::Duplicate) => Ok(None),
+            }))),
+            Ok(Added::Waiting { .. }) => Ok(Taken::Waiting),
+            Ok(Added::Duplicate) => Ok(Taken::Useless),
             Err(error) => {
                 series.faults += 1;
                 if series.faults > MAX_FAULTS {
                     tracing::debug!(error = %chain(&error), "slice dropped");
-                    return Ok(None);
+                    return Ok(Taken::Useless);
                 }
                 Err(format!(
                     "A slice of volume {number} is not used: {}",
@@ -169,8 +181,13 @@ mod tests {
         let (_, second_slices) = slices(2, 1);
         let mut complete = Vec::new();
         for (a, b) in first_slices.into_iter().zip(second_slices) {
-            complete.extend(held.add(a).unwrap());
-            complete.extend(held.add(b).unwrap());
+            for slice in [a, b] {
+                match held.add(slice).unwrap() {
+                    Taken::Complete(volume) => complete.push(volume),
+                    Taken::Waiting => {}
+                    Taken::Useless => panic!("every slice is of use"),
+                }
+            }
         }
         assert_eq!(complete.len(), 2);
         assert_ne!(complete[0].series, complete[1].series);
@@ -189,7 +206,7 @@ mod tests {
             held.add(slice).unwrap();
         }
         for slice in slices(1, 2).1.into_iter().skip(1) {
-            assert_eq!(held.add(slice).unwrap(), None);
+            assert!(matches!(held.add(slice), Ok(Taken::Waiting)));
         }
         assert_eq!(
             held.incomplete(),

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use wire::ParseReply;
 
@@ -59,6 +59,8 @@ pub(super) const READ_AHEAD: usize = 4;
 ///
 /// - `known`: files and objects that are on record.
 /// - `incoming`: where received objects wait.
+///
+/// Returns the threads, which end at `stop` and not before.
 pub(super) fn spawn_readers(
     settings: &Settings,
     started_at_ms: u64,
@@ -66,7 +68,8 @@ pub(super) fn spawn_readers(
     incoming: PathBuf,
     sender: &SyncSender<Event>,
     stop: &Arc<AtomicBool>,
-) -> Result<(), RoleError> {
+) -> Result<Vec<JoinHandle<()>>, RoleError> {
+    let mut threads = Vec::new();
     let thread_error = |source| RoleError::Thread { source };
     let since = match settings.existing_files {
         ExistingFiles::Ignore => Some(started_at_ms),
@@ -78,7 +81,7 @@ pub(super) fn spawn_readers(
             object_bytes: settings.max_file_bytes,
             waiting: settings.queue,
         };
-        receive::spawn(
+        threads.push(receive::spawn(
             receive,
             incoming,
             limits,
@@ -86,11 +89,11 @@ pub(super) fn spawn_readers(
             files.clone(),
             sender.clone(),
             stop,
-        )?;
+        )?);
     }
     let (watching, stopping) = (sender.clone(), Arc::clone(stop));
     let folder = settings.folder.clone();
-    thread::Builder::new()
+    let watch = thread::Builder::new()
         .name("watch".into())
         .spawn(move || {
             let watcher = Watcher::new(folder, since);
@@ -124,7 +127,7 @@ pub(super) fn spawn_readers(
     let (parsed, reading) = (sender.clone(), Arc::clone(stop));
     let (limit, tr_ms) = (settings.max_file_bytes, settings.tr_ms);
     let mut parser = Parser::new(settings.parse_timeout, settings.parse_memory_bytes);
-    thread::Builder::new()
+    let read = thread::Builder::new()
         .name("read".into())
         .spawn(move || {
             let mut images = Images::new(tr_ms);
@@ -164,7 +167,8 @@ pub(super) fn spawn_readers(
             }
         })
         .map_err(thread_error)?;
-    Ok(())
+    threads.extend([watch, read]);
+    Ok(threads)
 }
 
 impl From<StartError> for RoleError {

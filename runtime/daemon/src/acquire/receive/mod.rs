@@ -26,6 +26,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dicom_ul::association::ServerAssociationOptions;
@@ -113,9 +114,10 @@ enum Trouble {
 
 /// Starts the thread; what an earlier process left in the spool is handed on first.
 ///
-/// - `max_bytes`: longest object.
-/// - `max_waiting`: objects that may wait for the reader.
+/// - `incoming`: the spool's folder.
 /// - `known`: objects that are on record.
+///
+/// Returns the thread, which ends at `stop` and not before.
 ///
 /// # Errors
 /// [`RecordError`] where the spool cannot be used; [`io::Error`] where no thread can be started. An
@@ -128,7 +130,7 @@ pub(super) fn spawn(
     files: SyncSender<Found>,
     faults: SyncSender<Event>,
     stop: &Arc<AtomicBool>,
-) -> Result<(), StartError> {
+) -> Result<JoinHandle<()>, StartError> {
     let tls = settings.tls.as_ref().map(tls::config).transpose()?;
     let (spool, left) = Spool::open(incoming, known, limits.waiting)?;
     let receiver = Receiver {
@@ -147,7 +149,7 @@ pub(super) fn spawn(
         .max_blocking_threads(receiver.settings.max_associations)
         .build()?;
     let stop = Arc::clone(stop);
-    std::thread::Builder::new()
+    let thread = std::thread::Builder::new()
         .name("receive".into())
         .spawn(move || {
             if !left.is_empty() {
@@ -165,7 +167,7 @@ pub(super) fn spawn(
             // An association must not hold up the end.
             runtime.shutdown_background();
         })?;
-    Ok(())
+    Ok(thread)
 }
 
 /// What may be held.

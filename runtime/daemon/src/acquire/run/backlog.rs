@@ -58,6 +58,11 @@ impl Backlog {
         Ok(())
     }
 
+    /// Whether everything is written.
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && !self.cut
+    }
+
     /// Whether entries were left out, so that the log has ended.
     pub(super) fn is_cut(&self) -> bool {
         self.cut

@@ -372,6 +372,11 @@ impl Run {
         self.state.places().values().map(|place| place.file)
     }
 
+    /// Whether everything that happened is on the disk.
+    pub(crate) fn is_on_record(&self) -> bool {
+        self.backlog.is_empty()
+    }
+
     /// Hears a pulse of the trigger line, milliseconds on the box's monotonic clock.
     pub(crate) fn pulse(&mut self, at_ms: f64) {
         if self.state.ended().is_none() {
@@ -406,10 +411,15 @@ impl Run {
                 }))
             }
             Ok(None) => {
-                self.record(RunEntry::Doubled {
-                    frame: number.saturating_sub(1),
-                    at_ms: record::now_ms(),
-                });
+                let frame = number.saturating_sub(1);
+                // After a restart the parts of a volume are read again, and make the same one.
+                let place = self.state.places().get(&frame);
+                if place.is_none_or(|place| place.file != file) {
+                    self.record(RunEntry::Doubled {
+                        frame,
+                        at_ms: record::now_ms(),
+                    });
+                }
                 Ok(None)
             }
             Err(error) => {

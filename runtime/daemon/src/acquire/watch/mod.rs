@@ -356,9 +356,12 @@ impl Watcher {
             self.pace.mounted(Mount::of(&self.folder));
         }
         self.list(self.folder.clone(), 0, found)?;
-        // Files that are gone need no memory.
+        // Files that are gone need no memory, as long as there are few: a share that goes and comes back
+        // brings its old files along, and they are not new.
         let scan = self.scans;
-        self.seen.retain(|_, seen| seen.scan == scan);
+        let few = self.seen.len() < MAX_FILES / 2;
+        self.seen
+            .retain(|_, seen| seen.scan == scan || (few && seen.handed_on));
         self.pending.retain(|path| self.seen.contains_key(path));
         self.scans += 1;
         Ok(())

@@ -263,3 +263,31 @@ fn a_file_whose_room_was_made_first_is_not_taken_for_whole() {
     watcher.look_at_pending(&mut found);
     assert_eq!(found.len(), 2);
 }
+
+#[test]
+fn old_files_of_a_share_that_comes_back_are_not_new() {
+    let dir = tempfile::tempdir().unwrap();
+    let (folder, away) = (dir.path().join("in"), dir.path().join("away"));
+    fs::create_dir(&folder).unwrap();
+    fs::create_dir(&away).unwrap();
+    fs::write(folder.join("old.dcm"), "old").unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    let mut watcher = Watcher::new(folder.clone(), Some(crate::record::now_ms()));
+    let mut found = Vec::new();
+    // The empty mount point of a share that is away can be read.
+    watcher.scan(&mut found).unwrap();
+    fs::rename(folder.join("old.dcm"), away.join("old.dcm")).unwrap();
+    watcher.scan(&mut found).unwrap();
+    fs::rename(away.join("old.dcm"), folder.join("old.dcm")).unwrap();
+    for _ in 0..4 {
+        watcher.scan(&mut found).unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    assert!(found.is_empty(), "{found:?}");
+    fs::write(folder.join("new.dcm"), "new").unwrap();
+    for _ in 0..4 {
+        watcher.scan(&mut found).unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    assert_eq!(found.len(), 1, "{found:?}");
+}
